@@ -1,0 +1,205 @@
+"""The Experiment: everything that decides a training run, typed and validated; and the Study's own settings.
+
+Every section is frozen, keyword-only and refuses unknown keys. Lengths are millimetres, times seconds, angles degrees,
+fractions in 0..1. ``ndim`` below is the number of spatial axes, 2 (rows, columns) or 3 (x, y, z in RAS).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+def seconds(value: Any) -> Any:
+    """``90``, ``"90s"``, ``"20min"``, ``"1.5h"``, ``"2d"`` to seconds; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    units = {"seconds": 1, "second": 1, "sec": 1, "s": 1, "minutes": 60, "minute": 60, "min": 60, "m": 60}
+    units |= {"hours": 3600, "hour": 3600, "h": 3600, "days": 86400, "day": 86400, "d": 86400}
+    for unit in sorted(units, key=len, reverse=True):
+        if text.endswith(unit):
+            try:
+                return float(text[: -len(unit)].strip()) * units[unit]
+            except ValueError:
+                break
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{value!r} is no duration; write seconds or a number with s, min, h or d, such as 20min") from None
+
+
+Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0, allow_inf_nan=False)]
+
+
+class TaskConfig(Section):
+    """What is to be learnt. ``auto`` takes it from the manifest."""
+
+    kind: Literal["auto", "classification", "multilabel", "segmentation"] = "auto"
+
+
+class SplitConfig(Section):
+    """Grouped (by patient), stratified splits. A ``split`` column in the data wins over all of this."""
+
+    folds: int = Field(5, ge=2, le=50)
+    fold: int = Field(0, ge=0, description="the fold that validates")
+    test: Fraction = Field(0.15, description="share of patients held back for the last measurement; 0 for none")
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> SplitConfig:
+        if self.fold >= self.folds:
+            raise ValueError(f"split.fold={self.fold} must be below split.folds={self.folds}")
+        return self
+
+
+class PreprocessConfig(Section):
+    """From an image as read to the array that the network sees; travels with the bundle."""
+
+    spacing: tuple[Positive, ...] | None = Field(None, description="mm per axis to resample to; null keeps the image's own")
+    size: tuple[int, ...] | None = Field(None, description="exact shape to resize to (classification); null keeps")
+    pad_multiple: int = Field(1, ge=1, description="pad each axis to a multiple of this")
+    normalize: Literal["zscore", "ct", "range", "none"] = Field(
+        "zscore",
+        description="zscore: per image and channel; ct: clip to, and scale by, the data set's own percentiles, mean and "
+        "std; range: a fixed low..high to -1..1",
+    )
+    clip: tuple[tuple[float, float], ...] | None = Field(None, description="(low, high) per channel, before scaling")
+    mean: tuple[float, ...] | None = Field(None, description="per channel (ct)")
+    std: tuple[Positive, ...] | None = Field(None, description="per channel (ct)")
+    crop_foreground: bool = Field(False, description="crop to the non-zero box before anything else")
+
+
+class AugmentConfig(Section):
+    """Random transforms of training samples. Each ``p_*`` is a probability; ``strength`` scales every range."""
+
+    strength: Fraction = 1.0
+    rotate_deg: NonNegative = 15.0
+    translate: Fraction = 0.10
+    scale: tuple[Positive, Positive] = (0.9, 1.1)
+    shear_deg: NonNegative = 5.0
+    p_affine: Fraction = 0.5
+    p_elastic: Fraction = 0.1
+    flip_axes: tuple[int, ...] = Field((), description="spatial axes that may be mirrored")
+    p_flip: Fraction = 0.5
+    p_brightness: Fraction = 0.15
+    p_contrast: Fraction = 0.15
+    p_gamma: Fraction = 0.15
+    p_noise: Fraction = 0.15
+    p_blur: Fraction = 0.1
+    p_bias_field: Fraction = 0.0
+    p_low_resolution: Fraction = 0.1
+    p_ghosting: Fraction = 0.0
+    p_spike: Fraction = 0.0
+    p_histogram_shift: Fraction = 0.0
+
+
+class ModelConfig(Section):
+    """A network of the catalogue. Fields that a network does not have are ignored by none: the catalogue refuses them."""
+
+    name: str = "unet"
+    feature_size: int | None = Field(None, ge=4, le=512, description="width of the first level; null: the family's own")
+    depth: int | None = Field(None, ge=2, le=8, description="resolution levels; null: the plan's or the family's own")
+    dropout: Fraction = 0.0
+    drop_path: Fraction = 0.0
+    deep_supervision: bool = False
+    pretrained: str | None = Field(None, description="a local .safetensors file, or 'hub' for the family's own weights")
+
+
+class LossConfig(Section):
+    """Losses over logits."""
+
+    name: Literal["cross_entropy", "focal", "dice", "dice_ce", "tversky", "bce"] = "dice_ce"
+    class_weights: tuple[NonNegative, ...] | None = None
+    label_smoothing: Fraction = 0.0
+    gamma: NonNegative = Field(2.0, description="focal")
+    alpha: Fraction = Field(0.3, description="Tversky: weight of false positives")
+    beta: Fraction = Field(0.7, description="Tversky: weight of false negatives")
+    batch_dice: bool = Field(True, description="Dice over the batch rather than per sample")
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, le=10)
+    weight_decay: NonNegative = 1e-2
+    momentum: Fraction = Field(0.9, description="SGD (Nesterov)")
+    clip_norm: NonNegative = Field(12.0, description="largest gradient norm; 0 for no limit")
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "poly", "plateau", "cyclic", "warm_restarts", "constant"] = "cosine"
+    warmup: Fraction = Field(0.03, description="share of all steps that ramp up linearly")
+    min_factor: Fraction = Field(0.01, description="the last learning rate over the first")
+    cycles: int = Field(3, ge=1, description="cyclic, warm_restarts")
+    patience: int = Field(5, ge=1, description="plateau: validations without gain before a cut by half")
+
+
+class TrainConfig(Section):
+    epochs: int = Field(100, ge=1, le=100_000, description="passes over the training cases")
+    budget: Duration | None = Field(
+        None,
+        description="seconds of training, validation included; the step count that fits is measured in the first steps "
+        "and replaces epochs, so that the schedule ends when the time does",
+    )
+    batch_size: int = Field(8, ge=1, le=8192, description="samples an optimiser step sees")
+    micro_batch: int | None = Field(None, ge=1, description="samples at once in memory; the rest is accumulated")
+    patch_size: tuple[int, ...] | None = Field(None, description="null: the whole (prepared) image")
+    samples_per_case: int = Field(1, ge=1, description="patches of one case in one epoch")
+    foreground: Fraction = Field(0.33, description="share of patches centred on foreground")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay of the weights' moving average; 0 for none")
+    patience: int | None = Field(None, ge=1, description="validations without gain before an early stop")
+    validate_every: int | None = Field(None, ge=1, description="epochs between validations; null: about 12 in a run")
+    balanced: bool = Field(False, description="draw classes equally often (classification)")
+    mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 for none (classification)")
+    deterministic: bool = False
+
+
+class InferenceConfig(Section):
+    overlap: float = Field(0.5, ge=0.0, lt=1.0, description="of sliding windows")
+    tta: bool = Field(False, description="average over mirror images along augment.flip_axes")
+    keep_largest: bool = Field(False, description="keep each class's largest connected component")
+
+
+class Experiment(Section):
+    """Everything that decides a training run."""
+
+    data: str = "phantom://ct-lesions"
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    task: TaskConfig = TaskConfig()
+    split: SplitConfig = SplitConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+
+class StudyConfig(Section):
+    """How a search is run. Wall-clock times in seconds (or 20min, 1h)."""
+
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    budget: Duration = Field(1200.0, description="wall clock for all of it: search, final fit, report")
+    trials: int = Field(20, ge=1, le=100_000)
+    objectives: dict[str, Literal["max", "min"]] = Field(default_factory=dict, description="empty: the task's own metric")
+    sampler: Literal["auto", "tpe", "random", "cmaes", "nsga2"] = "auto"
+    pruner: Literal["asha", "median", "none"] = "asha"
+    search_share: Fraction = Field(0.4, description="share of the budget for the search; the rest fits the champion")
+    concurrency: int | None = Field(None, ge=1, description="trials at once; null: what the machine has")
+    workers_per_trial: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    ensemble: bool = Field(True, description="let an ensemble win where it is better on validation")

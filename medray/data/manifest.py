@@ -1,0 +1,96 @@
+"""Case and Manifest: what the data are and where they lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medray.data.image import Modality
+from medray.errors import DataError
+
+Split = Literal["train", "val", "test"]
+TaskKind = Literal["classification", "multilabel", "segmentation"]
+
+IGNORE = 255
+"""Value of a prepared mask where neither loss nor metric looks (outside ``Case.valid``, or labelled so)."""
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Case(_Row):
+    """One sample.
+
+    ``images`` and ``mask`` are references: a path relative to ``Manifest.root`` (or absolute), a directory for a DICOM series,
+    ``file.npz#array/index`` for one item of an archive, or ``phantom://name?seed=…&index=…``.
+    """
+
+    id: str = Field(min_length=1)
+    images: tuple[str, ...] = Field(min_length=1)
+    label: int | tuple[int, ...] | None = Field(None, description="class index; 0/1 per label for multilabel")
+    mask: str | None = None
+    valid: str | None = Field(None, description="region of interest: where it is 0, pixels are ignored")
+    patient: str = ""
+    site: str | None = None
+    split: Split | None = None
+    columns: dict[str, str | float | None] = Field(default_factory=dict, description="clinical columns")
+
+    @property
+    def group(self) -> str:
+        """What may not be torn apart by a split: the patient, or the case itself where none is known."""
+        return self.patient or self.id
+
+
+class Finding(_Row):
+    """One thing that a check found."""
+
+    rule: str = Field(description="e.g. unreadable, empty, constant, geometry, label-range, duplicate, leak, no-cases, spacing")
+    severity: Literal["warning", "error"]
+    case: str | None
+    message: str = Field(description="what is wrong, with the value")
+    fix: str = Field(description="what to do")
+
+
+class Manifest(_Row):
+    """The cases of a data set, and where they came from."""
+
+    version: Literal[1] = 1
+    source: str
+    root: str
+    task: TaskKind
+    ndim: Literal[2, 3]
+    channels: int = Field(ge=1)
+    classes: tuple[str, ...] = Field(description="segmentation: background first")
+    modality: Modality = "other"
+    cases: tuple[Case, ...]
+    findings: tuple[Finding, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write ``manifest.json`` (UTF-8, atomically)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read ``manifest.json``.
+
+        Raises:
+            DataError: it is missing, no JSON, or doesn't follow the schema.
+        """
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}. Write one with: medray check DATA") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path}: no JSON ({error}). Write it anew with: medray check DATA") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"{path}: {where}: {first['msg']}. Write it anew with: medray check DATA") from None

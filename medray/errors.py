@@ -1,0 +1,114 @@
+"""The one exception tree.
+
+    MedrayError                 anything medray raises on purpose; the command line prints it without a traceback
+    ├── ConfigError             a key, value or override that the schema refuses
+    ├── DataError               a file, layout or manifest that can't be used
+    │   ├── UnreadableError     one file could not be decoded; names the file and the cause
+    │   ├── LeakError           the same patient or image stands on two sides of a split
+    │   └── DownloadError       a named data set could not be fetched or its hash is wrong
+    ├── ModelError              an unknown model, or one that can't do what is asked (task, dimensions, shape)
+    ├── TrainingError           a training run that can't go on
+    │   ├── NonFiniteLossError  the loss became NaN or infinite; names step and cause
+    │   └── OutOfMemoryError    it does not fit, even with a micro-batch of one
+    ├── StudyError              a study that can't start, resume or finish
+    ├── BundleError             a bundle that is missing, altered, or doesn't reproduce its golden outputs
+    └── MissingDependencyError  an optional library is absent; names the command that installs it
+
+A message states the value, the rule and the fix.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "ConfigError",
+    "DataError",
+    "DownloadError",
+    "LeakError",
+    "MedrayError",
+    "MissingDependencyError",
+    "ModelError",
+    "NonFiniteLossError",
+    "OutOfMemoryError",
+    "StudyError",
+    "TrainingError",
+    "UnreadableError",
+]
+
+
+class MedrayError(Exception):
+    """Base of every error that medray raises on purpose."""
+
+
+class ConfigError(MedrayError):
+    """A key, value or override that the schema refuses."""
+
+
+class DataError(MedrayError):
+    """A file, layout or manifest that can't be used."""
+
+
+class UnreadableError(DataError):
+    """One file could not be decoded.
+
+    Args:
+        path: the file (or ``archive#member`` reference).
+        cause: what is wrong with it, in one sentence.
+    """
+
+    def __init__(self, path: object, cause: str) -> None:
+        super().__init__(f"{path}: {cause}")
+        self.path = str(path)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[UnreadableError], tuple[str, str]]:
+        return type(self), (self.path, self.cause)
+
+
+class LeakError(DataError):
+    """The same patient or image stands on two sides of a split."""
+
+
+class DownloadError(DataError):
+    """A named data set could not be fetched, or its hash is wrong."""
+
+
+class ModelError(MedrayError):
+    """An unknown model, or one that can't do what is asked of it."""
+
+
+class TrainingError(MedrayError):
+    """A training run that can't go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The model does not fit, even with a micro-batch of one."""
+
+
+class StudyError(MedrayError):
+    """A study that can't start, resume or finish."""
+
+
+class BundleError(MedrayError):
+    """A bundle that is missing, altered, or doesn't reproduce its golden outputs."""
+
+
+class MissingDependencyError(MedrayError):
+    """An optional library is absent.
+
+    Args:
+        library: its import name.
+        why: what needs it.
+        install: the command that installs it.
+    """
+
+    def __init__(self, library: str, why: str, install: str) -> None:
+        super().__init__(f"{why} needs '{library}', which is not installed. Install it with: {install}")
+        self.library, self.why, self.install = library, why, install
+
+    def __reduce__(self) -> tuple[type[MissingDependencyError], tuple[str, str, str]]:
+        return type(self), (self.library, self.why, self.install)
