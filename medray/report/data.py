@@ -1,0 +1,165 @@
+"""What a report shows. A workflow fills it; the report computes nothing but pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A figure with its 95 % confidence interval (NaN bounds where none could be had)."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An example image: (H, W) or (H, W, 3) uint8, ready to show."""
+
+    pixels: npt.NDArray[np.uint8]
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    source: str
+    task: str
+    ndim: int
+    modality: str
+    classes: tuple[str, ...]
+    cases: int
+    patients: int
+    sites: dict[str, int]
+    splits: dict[str, int] = field(metadata={"unit": "cases"})
+    shape: str
+    spacing: str
+    class_share: dict[str, float]
+    findings: tuple[tuple[str, str, str], ...] = field(metadata={"columns": "severity, message, fix"})
+    examples: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    number: int
+    state: Literal["completed", "pruned", "failed", "running"]
+    params: dict[str, object]
+    values: dict[str, float]
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateRow:
+    """One thing that could have become the champion."""
+
+    name: str
+    validation: Interval
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    name: str
+    objective: str
+    direction: Literal["max", "min"]
+    budget: float
+    spent: float
+    stages: dict[str, float] = field(metadata={"unit": "s"})
+    sampler: str
+    pruner: str
+    trials: tuple[TrialRow, ...]
+    candidates: tuple[CandidateRow, ...]
+    importance: dict[str, float]
+    curves: dict[str, tuple[tuple[float, float], ...]] = field(metadata={"points": "seconds of training, objective"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Champion against trial 0 retrained with the same budget."""
+
+    metric: str
+    default: Interval
+    champion: Interval
+    difference: Interval
+    measured_on: Literal["test", "validation"]
+    cases: int
+    patients: int
+
+    @property
+    def optimistic(self) -> bool:
+        """Whether the cases were used for a choice before."""
+        return self.measured_on == "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    site: str
+    cases: int
+    score: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessRow:
+    corruption: str
+    severity: int
+    score: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A line of a ROC, PR or reliability plot."""
+
+    name: str
+    x: npt.NDArray[np.float64]
+    y: npt.NDArray[np.float64]
+    area: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationResults:
+    confusion: npt.NDArray[np.int64] = field(metadata={"shape": "(K, K): rows true, columns predicted"})
+    roc: tuple[Curve, ...]
+    pr: tuple[Curve, ...]
+    reliability: tuple[Curve, ...] = field(metadata={"lines": "before and after temperature scaling"})
+    ece: tuple[float, float] = field(metadata={"order": "before, after"})
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationCase:
+    case: str
+    patient: str
+    site: str
+    dice: tuple[float, ...] = field(metadata={"per": "foreground class; NaN where absent in both"})
+    hd95: tuple[float, ...] = field(metadata={"unit": "mm, or pixels without spacing"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationResults:
+    cases: tuple[SegmentationCase, ...]
+    overlays: tuple[Picture, ...] = field(metadata={"order": "best, median, worst"})
+    per_class: dict[str, Interval]
+    hd95_unit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    headline: str
+    intended_use: str
+    created: str
+    data: DataSummary
+    study: StudySummary
+    gain: Gain
+    metrics: dict[str, Interval]
+    sites: tuple[SiteRow, ...]
+    robustness: tuple[RobustnessRow, ...]
+    classification: ClassificationResults | None
+    segmentation: SegmentationResults | None
+    resources: dict[str, str] = field(metadata={"rows": "training time, peak memory, inference time a case, bundle size…"})
+    reproduce: dict[str, str] = field(metadata={"blocks": "title to text: command, experiment.yaml, versions, machine"})
