@@ -135,18 +135,6 @@ def merge(base: Tree, layer: Mapping[str, Any]) -> Tree:
     return base
 
 
-def nest(flat: Mapping[str, Any]) -> Tree:
-    """``{"optim.lr": 1e-3}`` to ``{"optim": {"lr": 1e-3}}``."""
-    tree: Tree = {}
-    for key, value in flat.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree
-
-
 def _mapping(value: Any, name: str, source: str) -> Tree:
     if value is None:
         return {}
@@ -312,24 +300,24 @@ def _apply_to_space(space: Tree, override: Override) -> None:
         near = difflib.get_close_matches(name, space, n=2)
         hint = did_you_mean(near) if near else f"It has: {', '.join(space) or 'nothing'}"
         raise ConfigError(f"{SOURCE}: {override.text!r}: the space has no '{name}'. {hint}")
-    current = space.get(name)
-    entry: Tree = copy.deepcopy(current) if isinstance(current, dict) else {}
     if len(keys) == 1:
         if override.action == "remove":
             del space[name]
             return
         space[name] = override.value
         return
+    current = space.get(name)
+    span: Tree = copy.deepcopy(current) if isinstance(current, dict) else {}
     if override.action == "set" and keys[1] in KINDS:
         # Another kind of range replaces the old one, and what belonged to that one alone.
         for other in KINDS:
             if other != keys[1]:
-                entry.pop(other, None)
+                span.pop(other, None)
         if keys[1] == "choice":
-            entry.pop("log", None)
-            entry.pop("step", None)
-    _apply(entry, Override(action=override.action, path=keys[1:], value=override.value, text=override.text))
-    space[name] = entry
+            span.pop("log", None)
+            span.pop("step", None)
+    _apply(span, Override(action=override.action, path=keys[1:], value=override.value, text=override.text))
+    space[name] = span
 
 
 def _build(model: type[Model], tree: Tree, prefix: tuple[str, ...], origins: Mapping[str, str], fallback: str) -> Model:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medray.config.compose import CONF, build_experiment, compose, nest
+from medray.config.compose import CONF, build_experiment, compose
 from medray.config.paths import known
 from medray.config.schema import Experiment
 from medray.errors import ConfigError
@@ -235,13 +235,13 @@ def test_a_resolved_experiment_can_be_passed_back_in(tmp_path: Path) -> None:
     assert build_experiment(compose(path).explicit) == experiment
 
 
-def test_nest_and_build_from_a_trials_choices() -> None:
-    experiment = build_experiment({"optim": {"name": "sgd"}}, nest({"optim.lr": 0.5, "seed": 3}))
+def test_a_trials_choices_are_a_layer() -> None:
+    experiment = build_experiment({"optim": {"name": "sgd"}}, {"optim": {"lr": 0.5}, "seed": 3})
     assert (experiment.optim.name, experiment.optim.lr, experiment.seed) == ("sgd", 0.5, 3)
     with pytest.raises(ConfigError, match=r"optim.lr=-1"):
-        build_experiment(nest({"optim.lr": -1}))
+        build_experiment({"optim": {"lr": -1}})
     with pytest.raises(ConfigError, match=r"no 'optim.lrr'"):
-        build_experiment(nest({"optim.lrr": 1}))
+        build_experiment({"optim": {"lrr": 1}})
 
 
 def test_layers_are_not_changed_by_merging() -> None:
