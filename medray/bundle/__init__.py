@@ -1,0 +1,1 @@
+"""The champion made ready: write, open, verify and use a bundle."""

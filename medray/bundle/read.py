@@ -1,0 +1,245 @@
+"""Bundle: open one, and turn images into answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from medray.bundle.ensemble import combine
+from medray.bundle.files import check_files, locate
+from medray.bundle.spec import BundleSpec
+from medray.bundle.verify import check_golden
+from medray.data.image import Image
+from medray.data.preprocess import Geometry, Preprocessor
+from medray.errors import BundleError, DataError
+from medray.models.catalogue import build_model
+from medray.predict.calibration import temper
+from medray.predict.onnx_runtime import OnnxPredictor
+from medray.predict.postprocess import decide, keep_largest
+from medray.predict.predictor import Floats, Precision, Predictor, probabilities
+from medray.predict.sliding import classify, segment, segment_labels
+from medray.predict.torch_runtime import TorchPredictor
+
+GOLDEN_NAME = "golden.safetensors"
+ONNX_NAME = "model.onnx"
+MEMORY_LIMIT = 4 << 30
+"""Bytes of class probabilities that one answer may hold at once; beyond, labels are taken slab by slab."""
+
+RuntimeName = Literal["torch", "onnx"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        labels: segmentation: (*s) uint8 on the image's own grid (``Image.array``'s axes); else None.
+        probabilities: classification: (K,) calibrated; segmentation: (K, *s) where asked for, else None.
+        decisions: classification: the class index; multilabel: the labels (indices) at or over their thresholds.
+        seconds: of ``prepare``, ``network`` and ``finish``.
+    """
+
+    labels: npt.NDArray[np.integer[Any]] | None
+    probabilities: Floats | None
+    decisions: tuple[int, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. Its files were found unaltered when it was opened."""
+
+    directory: Path
+    spec: BundleSpec
+    _predictors: dict[tuple[Any, ...], Predictor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Bundle:
+        """Read ``bundle.json`` and verify every file that it names.
+
+        Raises:
+            BundleError: missing, malformed, incomplete or altered.
+        """
+        place = Path(directory)
+        if not place.is_dir():
+            raise BundleError(
+                f"{place}: no such folder. Give the folder that holds bundle.json, such as runs/NAME/bundle"
+            )
+        spec = BundleSpec.load(place)
+        check_files(place, spec)
+        return cls(place, spec)
+
+    @property
+    def runtimes(self) -> tuple[RuntimeName, ...]:
+        """What this bundle has files for."""
+        return ("torch", "onnx") if ONNX_NAME in self.spec.files else ("torch",)
+
+    def model(self) -> nn.Module:
+        """The network (or the ensemble as one) with its weights, on the CPU, in evaluation mode.
+
+        Raises:
+            BundleError: weights and model config do not belong together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        spec, members = self.spec, []
+        for config, name in zip(spec.members, spec.weight_files, strict=True):
+            member = build_model(
+                config,
+                kind=spec.kind,
+                ndim=spec.ndim,
+                in_channels=spec.channels,
+                num_outputs=len(spec.classes),
+                patch_size=spec.inference.patch_size or spec.preprocess.size,
+            )
+            path = locate(self.directory, name)
+            try:
+                load_model(member, str(path), strict=True)
+            except (RuntimeError, SafetensorError, KeyError, ValueError) as error:
+                first = (str(error).strip().splitlines() or ["?"])[0][:300]
+                raise BundleError(
+                    f"{path}: these are not weights of {config.name!r} as configured ({first})"
+                ) from error
+            members.append(member)
+        return combine(members, spec.kind)
+
+    def golden(self) -> tuple[Floats, Floats]:
+        """Golden inputs (N, C, *s) and torch's fp32 logits for them (N, K[, *s]).
+
+        Raises:
+            BundleError: absent or of the wrong shape.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = locate(self.directory, GOLDEN_NAME)
+        try:
+            tensors = load_file(str(path))
+            inputs, logits = tensors["input"], tensors["logits"]
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise BundleError(f"{path}: no golden inputs and logits ({error}). Write the bundle anew") from None
+        want = (len(inputs), len(self.spec.classes), *(inputs.shape[2:] if self.spec.kind == "segmentation" else ()))
+        if inputs.ndim != self.spec.ndim + 2 or not len(inputs) or logits.shape != want:
+            raise BundleError(f"{path}: golden arrays of shapes {inputs.shape}, {logits.shape}. Write the bundle anew")
+        return inputs.astype(np.float32), logits.astype(np.float32)
+
+    def predictor(
+        self,
+        runtime: RuntimeName = "torch",
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        precision: Precision = "fp32",
+        threads: int | None = None,
+    ) -> Predictor:
+        """An engine that has just reproduced the golden outputs here. The same arguments give the same engine.
+
+        Args:
+            runtime: torch or onnx.
+            device: cpu or cuda.
+            precision: torch's autocast; ONNX is fp32.
+            threads: of ONNX Runtime; None for all usable CPUs. (torch's are the process's own.)
+
+        Raises:
+            BundleError: the bundle lacks this runtime's file, or the golden outputs are not reproduced.
+            ModelError: the device isn't there.
+        """
+        key = (runtime, device, precision, threads)
+        if key not in self._predictors:
+            made: Predictor
+            if runtime == "torch":
+                made = TorchPredictor(self.model(), device=device, precision=precision)
+            elif runtime not in self.runtimes:
+                raise BundleError(
+                    f"{self.directory}: holds nothing for runtime {runtime!r}. Use one of {', '.join(self.runtimes)}"
+                )
+            elif precision != "fp32":
+                raise BundleError(f"the ONNX file computes in fp32, not {precision}. Use runtime=torch for {precision}")
+            else:
+                made = OnnxPredictor(locate(self.directory, ONNX_NAME), threads=threads, provider=device)
+            check_golden(made, *self.golden(), self.spec.kind)
+            self._predictors[key] = made
+        return self._predictors[key]
+
+    def prepare(self, image: Image) -> tuple[Floats, Geometry]:
+        """An image as read to the array (C, *s) that the network sees.
+
+        Raises:
+            DataError: the image has other axes or channels than the bundle was made for.
+        """
+        spec = self.spec
+        if image.ndim != spec.ndim or len(image.array) != spec.channels:
+            raise DataError(
+                f"{image.source or 'image'}: {image.ndim}-D with {len(image.array)} channels; bundle {spec.name!r} "
+                f"takes {spec.ndim}-D images with {spec.channels}. Give images like those it was trained on"
+            )
+        return self._preprocessor.prepare(image)
+
+    @property
+    def _preprocessor(self) -> Preprocessor:
+        return Preprocessor(self.spec.preprocess, ndim=self.spec.ndim, channels=self.spec.channels)
+
+    def predict(
+        self, image: Image, predictor: Predictor | None = None, *, with_probabilities: bool = False
+    ) -> Prediction:
+        """The answer for one image, in the image's own geometry.
+
+        Args:
+            image: as a reader gives it.
+            predictor: from :meth:`predictor`; None for torch on the CPU.
+            with_probabilities: segmentation: also give (K, *s), whatever memory it takes.
+
+        Raises:
+            DataError: the image isn't of the bundle's kind.
+        """
+        engine = predictor or self.predictor()
+        begin = time.perf_counter()
+        array, geometry = self.prepare(image)
+        prepared = time.perf_counter()
+        if self.spec.kind == "segmentation":
+            labels, probability, network = self._segment(engine, array, geometry, with_probabilities)
+            end = time.perf_counter()
+            seconds = {"prepare": prepared - begin, "network": network, "finish": end - prepared - network}
+            return Prediction(labels=labels, probabilities=probability, decisions=(), seconds=seconds)
+        logits = classify(engine, array[None], flip_axes=self.spec.inference.flip_axes)
+        ran = time.perf_counter()
+        calibrated = probabilities(logits, self.spec.kind, self.spec.temperature)[0]
+        if self.spec.kind == "multilabel":
+            chosen = decide(calibrated, self.spec.thresholds or (0.5,) * len(calibrated))
+            decisions = tuple(int(index) for index in np.flatnonzero(chosen))
+        else:
+            decisions = (int(calibrated.argmax()),)
+        seconds = {"prepare": prepared - begin, "network": ran - prepared, "finish": time.perf_counter() - ran}
+        return Prediction(labels=None, probabilities=calibrated, decisions=decisions, seconds=seconds)
+
+    def _segment(
+        self, engine: Predictor, array: Floats, geometry: Geometry, with_probabilities: bool
+    ) -> tuple[npt.NDArray[np.integer[Any]], Floats | None, float]:
+        how, classes = self.spec.inference, len(self.spec.classes)
+        windows: dict[str, Any] = {"overlap": how.overlap, "batch_size": how.batch_size, "flip_axes": how.flip_axes}
+        begin = time.perf_counter()
+        blended: Floats | None = None
+        too_large = 4 * classes * int(np.prod(array.shape[1:])) > MEMORY_LIMIT
+        if how.patch_size is not None and too_large and not with_probabilities:
+            flat = segment_labels(
+                engine, array, patch_size=how.patch_size, num_classes=classes, limit_bytes=MEMORY_LIMIT // 4, **windows
+            )
+            network = time.perf_counter() - begin
+            labels = self._preprocessor.restore_labels(flat, geometry)
+        else:
+            blended = segment(engine, array, patch_size=how.patch_size, divisor=how.divisor, **windows)
+            network = time.perf_counter() - begin
+            labels = self._preprocessor.restore_argmax(blended, geometry)
+        if how.keep_largest:
+            labels = keep_largest(labels, classes)
+        if blended is None or not with_probabilities:
+            return labels, None, network
+        restored = self._preprocessor.restore(blended, geometry)
+        restored[0][~restored.any(axis=0)] = 1.0  # cropped away before the network: background for certain
+        return labels, temper(restored, self.spec.temperature), network
