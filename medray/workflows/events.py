@@ -46,7 +46,3 @@ class StudyEvent:
 
 
 Observer = Callable[[StudyEvent], None]
-
-
-def ignore(event: StudyEvent) -> None:
-    """The observer of those who do not look."""

@@ -1,0 +1,44 @@
+"""Fixtures that tests of several packages share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, NumPy or Ray: tests are tiny, and threads that wait for each other make them slow.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real medical data beside the checkout; without it the tests that need it skip.
+
+    ``MEDRAY_SHARED_DATA`` names another place.
+    """
+    folder = Path(os.environ.get("MEDRAY_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data: {folder} is not there (MEDRAY_SHARED_DATA names another place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that need one: starting it costs seconds."""
+    from medray.engines.ray import session
+
+    session.start()
+    yield
+    session.shutdown()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
