@@ -1,0 +1,315 @@
+"""Augment: random transforms of a batch of prepared samples.
+
+Geometry is one resampling: rotation, scale, shear, translation and elastic displacement are composed into one sampling
+grid for all samples drawn for any of them, so that pixels are interpolated once. Displacements are cubic B-splines on
+a coarse lattice (free-form deformation, Rueckert et al., IEEE TMI 1999), kept under 0.4 lattice spacings, below which
+they can't fold (Choi and Lee, 2000). Intensities change relative to each sample's own spread, so that the ranges mean
+the same whatever the normalisation. What scanners do wrong comes from MONAI (bias field, truncation ringing, k-space
+spikes, histogram shift); motion ghosts, which it lacks, are here.
+
+``strength`` scales every range; 0 is the identity. Shapes: images (B, C, *s) float32, masks (B, *s), any number type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medray.config.schema import AugmentConfig
+from medray.data.manifest import IGNORE
+from medray.errors import ConfigError
+
+__all__ = ["Augment"]
+
+# ranges at strength 1; spreads are in standard deviations of the sample's channel
+_BRIGHTNESS = 0.3  # added
+_CONTRAST = 0.3  # factor 0.7 to 1.3 around the mean
+_GAMMA = 0.4  # exponent exp(-0.4) to exp(0.4), 0.67 to 1.49
+_NOISE = 0.25
+_BLUR = (0.4, 1.0)  # sigma in pixels
+_LOW_RESOLUTION = 1.0  # pixels up to 1 + 1.0 times as large
+_BIAS = 0.3  # Legendre coefficients of the field's logarithm
+_GHOST = 0.6  # of the modulated lines' signal is lost
+_RINGING = 0.5  # MONAI's alpha: the share of k-space that is cut off
+_OWN_CHANNEL = 0.25  # of brightness and contrast, the share that each channel draws for itself
+_LATTICE = 5  # B-spline intervals along each axis
+
+
+class Augment:
+    """Random transforms of training batches, drawn sample by sample.
+
+    Args:
+        config: probabilities and ranges.
+        ndim: spatial axes, 2 or 3.
+        spacing: mm per axis, where voxels are not cubes: a rotation then stays one in millimetres.
+
+    Raises:
+        ConfigError: ``flip_axes`` names an axis that isn't there, or ``scale`` is upside down.
+    """
+
+    def __init__(self, config: AugmentConfig, *, ndim: int, spacing: Sequence[float] | None = None) -> None:
+        if any(not 0 <= axis < ndim for axis in config.flip_axes):
+            raise ConfigError(f"augment.flip_axes={list(config.flip_axes)}: spatial axes are 0 to {ndim - 1}")
+        if config.scale[0] > config.scale[1]:
+            raise ConfigError(f"augment.scale={list(config.scale)}: the first value must not be above the second")
+        self.config, self.ndim = config, ndim
+        self.spacing = tuple(spacing) if spacing is not None else (1.0,) * ndim
+        steps: list[tuple[float, Callable[[Tensor, torch.Generator], Tensor]]] = [
+            (config.p_bias_field, self._bias_field),
+            (config.p_histogram_shift, self._histogram_shift),
+            (config.p_brightness, self._brightness),
+            (config.p_contrast, self._contrast),
+            (config.p_gamma, self._gamma),
+            (config.p_blur, self._blur),
+            (config.p_low_resolution, self._low_resolution),
+            (config.p_ghosting, self._ghosting),
+            (config.p_spike, self._spike),
+            (config.p_noise, self._noise),
+        ]  # in the order in which a scanner would do it: field and contrast, optics, sampling, noise last
+        self._steps = [(p, step) for p, step in steps if p > 0]
+
+    def __call__(
+        self, images: Tensor, masks: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Transform a batch on the CPU; the arguments are left as they are.
+
+        Returns:
+            images and masks of the same shapes and types; masks by nearest neighbours, IGNORE out of the field of view.
+        """
+        config = self.config
+        if config.strength == 0:
+            return images, masks
+        images = images.clone()
+        masks = None if masks is None else masks.clone()
+        for axis in config.flip_axes:
+            rows = self._draw(config.p_flip, len(images), generator)
+            if len(rows):
+                images[rows] = images[rows].flip(axis + 2)
+                if masks is not None:
+                    masks[rows] = masks[rows].flip(axis + 1)
+        self._deform(images, masks, generator)
+        for p, step in self._steps:
+            rows = self._draw(p, len(images), generator)
+            if len(rows):
+                images[rows] = step(images[rows], generator)
+        return images, masks
+
+    @staticmethod
+    def _draw(p: float, size: int, generator: torch.Generator) -> Tensor:
+        """Rows that a transform of probability ``p`` takes."""
+        return (torch.rand(size, generator=generator) < p).nonzero().flatten()
+
+    def _symmetric(self, generator: torch.Generator, *shape: int) -> Tensor:
+        """Uniform in -strength..strength."""
+        return (torch.rand(shape, generator=generator) * 2 - 1) * self.config.strength
+
+    # geometry
+
+    def _deform(self, images: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
+        """Resample, in place, the samples that are drawn for an affine or elastic transform."""
+        config, size = self.config, images.shape[2:]
+        affine = torch.rand(len(images), generator=generator) < config.p_affine
+        elastic = torch.rand(len(images), generator=generator) < config.p_elastic
+        rows = (affine | elastic).nonzero().flatten()
+        if not len(rows):
+            return
+        theta = torch.eye(self.ndim, self.ndim + 1).repeat(len(rows), 1, 1)
+        moved = affine[rows]
+        theta[moved] = self._matrices(int(moved.sum()), size, generator)
+        grid = F.affine_grid(theta, [len(rows), 1, *size], align_corners=False)
+        bent = elastic[rows]
+        if bent.any():
+            grid[bent] += self._displacements(int(bent.sum()), size, generator)
+        images[rows] = F.grid_sample(images[rows], grid, mode="bilinear", padding_mode="border", align_corners=False)
+        if masks is not None:
+            labels = F.grid_sample(masks[rows, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
+            labels[(grid.abs() > 1).any(dim=-1)] = IGNORE
+            masks[rows] = labels.to(masks.dtype)
+
+    def _matrices(self, count: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
+        """(count, ndim, ndim + 1): from output to input, in ``affine_grid``'s coordinates (-1..1, last axis first)."""
+        config, nd, strength = self.config, self.ndim, self.config.strength
+        matrix = torch.eye(nd).repeat(count, 1, 1)
+        planes = [(a, b) for a in range(nd) for b in range(a + 1, nd)]
+        for a, b in planes:
+            angle = self._symmetric(generator, count) * math.radians(config.rotate_deg)
+            turn = torch.eye(nd).repeat(count, 1, 1)
+            turn[:, a, a] = turn[:, b, b] = angle.cos()
+            turn[:, a, b], turn[:, b, a] = -angle.sin(), angle.sin()
+            matrix = matrix @ turn
+        shear = torch.eye(nd).repeat(count, 1, 1)
+        for a, b in planes:
+            shear[:, a, b] = (self._symmetric(generator, count) * math.radians(config.shear_deg)).tan()
+        low, high = (math.log(bound) * strength for bound in config.scale)
+        scale = (low + (high - low) * torch.rand(count, generator=generator)).exp()
+        matrix = matrix @ shear / scale[:, None, None]  # the map goes from output to input: to magnify, divide
+        # from millimetres to voxels to -1..1 along each axis
+        half = torch.tensor([n / 2 for n in size])
+        extent = half * torch.tensor(self.spacing)
+        matrix = matrix * extent[None, None, :] / extent[None, :, None]
+        shift = self._symmetric(generator, count, nd, 1) * 2 * config.translate
+        return torch.cat([matrix.flip(1, 2), shift.flip(1)], dim=2)
+
+    def _displacements(self, count: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
+        """(count, *size, ndim): smooth displacements in -1..1 coordinates, last axis first."""
+        knots = _LATTICE + 3
+        most = 0.4 * 2 / _LATTICE  # 0.4 lattice spacings, of a field that is 2 wide
+        field = self._symmetric(generator, count, self.ndim, *[knots] * self.ndim) * most
+        field *= 0.25 + 0.75 * torch.rand(count, *[1] * (self.ndim + 1), generator=generator)
+        for axis, n in enumerate(size):
+            field = torch.tensordot(field, _spline_basis(n), dims=([2], [1]))  # each round moves its axis to the end
+            assert field.shape[-1] == n, axis
+        return field.movedim(1, -1)
+
+    # intensities: (b, C, *s) of the samples drawn, the caller's own copy
+
+    def _shifts(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """(b, C, 1, …) uniform in -strength..strength, alike in all channels but for a small part."""
+        common = self._symmetric(generator, len(images), 1)
+        own = self._symmetric(generator, len(images), images.shape[1])
+        return self._spread_out((1 - _OWN_CHANNEL) * common + _OWN_CHANNEL * own)
+
+    def _spread_out(self, values: Tensor) -> Tensor:
+        """(b, C) or (b, 1) with an axis for each spatial one."""
+        return values.reshape(*values.shape, *[1] * self.ndim)
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        std, mean = torch.std_mean(images, dim=tuple(range(2, images.ndim)), keepdim=True, correction=0)
+        return mean, std
+
+    def _brightness(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return images.add_(_BRIGHTNESS * self._shifts(images, generator) * self._moments(images)[1])
+
+    def _contrast(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        mean = self._moments(images)[0]
+        return images.sub_(mean).mul_(1 + _CONTRAST * self._shifts(images, generator)).add_(mean)
+
+    def _gamma(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        low, high = self._range(images)
+        width = (high - low).clamp_min(1e-6)
+        exponent = self._spread_out((_GAMMA * self._symmetric(generator, len(images), 1)).exp())
+        return images.sub_(low).div_(width).clamp_(0, 1).pow_(exponent).mul_(width).add_(low)
+
+    def _range(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        axes = tuple(range(2, images.ndim))
+        return images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+
+    def _noise(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        level = _NOISE * self.config.strength * torch.rand(len(images), 1, generator=generator)
+        noise = torch.randn(images.shape, generator=generator)
+        return images.addcmul_(noise, self._spread_out(level) * self._moments(images)[1])
+
+    def _blur(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Gaussian, separable, as a weighted sum of shifted copies: every sample has a sigma of its own."""
+        low, high = _BLUR
+        sigma = self.config.strength * (low + (high - low) * torch.rand(len(images), generator=generator))
+        taps = torch.arange(4) / sigma.clamp_min(1e-3)[:, None]
+        kernel = (-0.5 * taps**2).exp()
+        kernel /= kernel[:, :1] + 2 * kernel[:, 1:].sum(dim=1, keepdim=True)
+        weights = [kernel[:, k].reshape(-1, *[1] * (self.ndim + 1)) for k in range(4)]
+        for axis in range(2, images.ndim):
+            n = images.shape[axis]
+            at = torch.arange(n)
+            blurred = images * weights[0]
+            for k in range(1, 4):
+                before = images.index_select(axis, (at - k).clamp_min(0))
+                after = images.index_select(axis, (at + k).clamp_max(n - 1))
+                blurred.addcmul_(before.add_(after), weights[k])
+            images = blurred
+        return images
+
+    def _low_resolution(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Larger pixels, along all axes or, in half of the volumes, along one (thick slices)."""
+        mode = {2: "bilinear", 3: "trilinear"}[self.ndim]
+        size = list(images.shape[2:])
+        draws = torch.rand(len(images), 3, generator=generator).tolist()
+        for image, (extent, single, which) in zip(images, draws, strict=True):
+            factor = 1 + _LOW_RESOLUTION * self.config.strength * extent
+            coarse = [max(1, round(n / factor)) for n in size]
+            if self.ndim == 3 and single < 0.5:
+                axis = int(which * 3)
+                coarse = [coarse[a] if a == axis else n for a, n in enumerate(size)]
+            small = F.interpolate(image[None], size=coarse, mode="nearest-exact")
+            image.copy_(F.interpolate(small, size=size, mode=mode, align_corners=False)[0])
+        return images
+
+    # what scanners do wrong
+
+    def _ghosting(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Motion ghosts (every g-th line of k-space loses signal: replicas along an axis) or truncation ringing."""
+        draws = torch.rand(len(images), 4, generator=generator).tolist()
+        seeds = _seeds(len(images), generator)
+        strength = self.config.strength
+        for image, seed, (kind, extent, which, count) in zip(images, seeds, draws, strict=True):
+            if kind < 0.5:
+                from monai.transforms import RandGibbsNoise
+
+                ringing = RandGibbsNoise(prob=1.0, alpha=(0.0, _RINGING * strength))
+                image.copy_(_plain(ringing.set_random_state(seed)(image)))
+                continue
+            axis = 1 + int(which * self.ndim)
+            lines = torch.fft.fft(image, dim=axis)
+            comb = torch.ones(image.shape[axis])
+            comb[:: 2 + int(count * 3)] = 1 - _GHOST * strength * (0.3 + 0.7 * extent)
+            comb[0] = 1  # the mean stays
+            lines *= comb.reshape(-1, *[1] * (image.ndim - 1 - axis))
+            image.copy_(torch.fft.ifft(lines, dim=axis).real)
+        return images
+
+    def _spike(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        from monai.transforms import RandKSpaceSpikeNoise
+
+        for image, seed in zip(images, _seeds(len(images), generator), strict=True):
+            spiked = _plain(RandKSpaceSpikeNoise(prob=1.0).set_random_state(seed)(image))
+            image.lerp_(spiked, self.config.strength)
+        return images
+
+    def _histogram_shift(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A random monotonous curve of intensities, as between scanners or sequences."""
+        from monai.transforms import RandHistogramShift
+
+        low, high = self._range(images)
+        alike = (high <= low).flatten(1).all(dim=1).tolist()
+        for image, seed, constant in zip(images, _seeds(len(images), generator), alike, strict=True):
+            if not constant:
+                shifted = _plain(RandHistogramShift(num_control_points=(4, 8), prob=1.0).set_random_state(seed)(image))
+                image.lerp_(shifted, self.config.strength)
+        return images
+
+    def _bias_field(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A smooth factor over the image, above its darkest value: normalised images have no zero of their own."""
+        from monai.transforms import RandBiasField
+
+        mode = {2: "bilinear", 3: "trilinear"}[self.ndim]
+        reach = _BIAS * self.config.strength
+        ones = torch.ones(1, *[16] * self.ndim)  # the field is a cubic polynomial: 16 points an axis hold it
+        low = self._range(images)[0]
+        for image, least, seed in zip(images, low, _seeds(len(images), generator), strict=True):
+            field = _plain(RandBiasField(prob=1.0, coeff_range=(-reach, reach)).set_random_state(seed)(ones))
+            field = F.interpolate(field[None], size=list(image.shape[1:]), mode=mode, align_corners=True)[0]
+            image.sub_(least).mul_(field).add_(least)
+        return images
+
+
+def _seeds(count: int, generator: torch.Generator) -> list[int]:
+    return [int(seed) for seed in torch.randint(2**31, (count,), generator=generator).tolist()]
+
+
+def _plain(image: Any) -> Tensor:
+    """MONAI's answer without its meta data."""
+    tensor: Tensor = image.as_tensor() if hasattr(image, "as_tensor") else torch.as_tensor(image)
+    return tensor.float()
+
+
+def _spline_basis(n: int) -> Tensor:
+    """(n, lattice + 3): the cubic B-spline weights of each lattice point at n pixel centres."""
+    at = (torch.arange(n) + 0.5) / n * _LATTICE
+    distance = (at[:, None] - (torch.arange(_LATTICE + 3) - 1)[None, :]).abs()
+    inner = 2 / 3 - distance**2 + distance**3 / 2
+    outer = (2 - distance).clamp_min(0) ** 3 / 6
+    return torch.where(distance < 1, inner, outer)

@@ -1,0 +1,291 @@
+"""TrainLoader: whole optimiser batches of prepared, augmented samples.
+
+An epoch is a pass over the cases (``train.samples_per_case`` patches of each), its last batch filled up with cases
+drawn anew, so that every step sees ``train.batch_size`` samples. Everything random depends on (seed, epoch, batch) alone: a
+resumed run, and any number of worker processes, see the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from medray.config.schema import Experiment
+from medray.data.augment import Augment
+from medray.data.cache import PreparedStore
+from medray.data.manifest import IGNORE, TaskKind
+from medray.errors import ConfigError, DataError
+
+__all__ = ["Batch", "TrainLoader", "train_loader"]
+
+Batch = dict[str, Tensor]
+"""image: (B, C, *s) float32. target: (B, *s) int64 (segmentation), (B,) int64 (classification) or (B, K) float32
+(multilabel; classification with mixup). index: (B,) int64, the case in the manifest."""
+
+
+def train_loader(
+    store: PreparedStore,
+    indices: Sequence[int],
+    experiment: Experiment,
+    *,
+    kind: TaskKind,
+    num_classes: int,
+    workers: int | None = None,
+) -> TrainLoader:
+    """A loader of training batches.
+
+    Args:
+        store: the prepared cases.
+        indices: which of them train.
+        experiment: ``train``, ``augment``, ``preprocess.spacing``, ``seed`` and ``device`` are looked at.
+        kind: the task.
+        num_classes: K.
+        workers: processes that make batches ahead; 0 makes them here, in the caller's own process. None chooses: none
+            for training on the CPU, where they would take the cores that train, some for a GPU.
+
+    Raises:
+        DataError: no cases, a case without target, or images of several shapes without a patch size.
+        ConfigError: a patch size of the wrong length; mixup for segmentation.
+    """
+    on_gpu = experiment.device == "cuda" or (experiment.device == "auto" and torch.cuda.is_available())
+    if workers is None:
+        workers = max(1, min(8, _cores() - 1)) if on_gpu else 0
+    batches = _Batches(store, np.asarray(indices, dtype=np.int64), experiment, kind, num_classes)
+    return TrainLoader(batches, workers=workers, pin_memory=on_gpu and torch.cuda.is_available())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class TrainLoader:
+    """Iterates over one epoch's batches; :meth:`set_epoch` says which."""
+
+    def __init__(self, batches: _Batches, *, workers: int, pin_memory: bool) -> None:
+        self._batches, self._workers, self._pin = batches, workers, pin_memory
+        self._epoch = 0
+        self._loader: DataLoader[Batch] | None = None
+        self._keys = _Keys()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through; without it, each follows the former."""
+        self._epoch = epoch
+
+    def shard(self, rank: int, ranks: int) -> TrainLoader:
+        """The share of one of several processes that train together: every ``ranks``-th sample of every batch.
+
+        Raises:
+            ConfigError: the batch has fewer samples than there are processes.
+        """
+        return TrainLoader(self._batches.shard(rank, ranks), workers=self._workers, pin_memory=self._pin)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        keys = [(epoch, number) for number in range(len(self))]
+        if self._workers == 0:
+            return (self._batches[key] for key in keys)
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=self._keys,
+                num_workers=self._workers,
+                pin_memory=self._pin,
+                persistent_workers=True,
+                multiprocessing_context="forkserver",
+            )
+        self._keys.keys = keys
+        return iter(self._loader)
+
+
+class _Keys:
+    """A sampler whose keys are set before each epoch, so that worker processes outlive epochs."""
+
+    keys: Sequence[tuple[int, int]] = ()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Batches(Dataset[Batch]):
+    """Batch number n of epoch e, as a function of (e, n)."""
+
+    def __init__(
+        self,
+        store: PreparedStore,
+        cases: npt.NDArray[np.int64],
+        experiment: Experiment,
+        kind: TaskKind,
+        num_classes: int,
+    ) -> None:
+        train = experiment.train
+        if not len(cases):
+            raise DataError("no cases to train on: the training side of the split is empty")
+        if kind == "segmentation" and train.mixup > 0:
+            raise ConfigError("train.mixup is for classification: set it to 0")
+        self.store, self.cases, self.kind, self.num_classes = store, cases, kind, num_classes
+        self.seed, self.train = experiment.seed, train
+        self.rows = np.arange(train.batch_size)
+        self.lane = 0
+        self.patch = self._patch_size()
+        self.augment = Augment(experiment.augment, ndim=store.ndim, spacing=experiment.preprocess.spacing)
+        self.targets = None if kind == "segmentation" else self._targets()
+        self.strata = self._strata() if train.balanced and self.targets is not None else None
+        if kind == "segmentation":
+            bare = [int(i) for i in cases if store.mask(int(i)) is None]
+            if bare:
+                raise DataError(f"{len(bare)} training case(s) have no mask, such as number {bare[0]}. Remove them")
+
+    def shard(self, rank: int, ranks: int) -> _Batches:
+        if not 0 <= rank < ranks <= self.train.batch_size:
+            raise ConfigError(
+                f"train.batch_size={self.train.batch_size} must be at least the number of processes ({ranks}), "
+                f"and rank {rank} below it"
+            )
+        part = object.__new__(_Batches)
+        part.__dict__.update(self.__dict__, rows=self.rows[rank::ranks], lane=rank)
+        return part
+
+    def _patch_size(self) -> tuple[int, ...]:
+        patch = self.train.patch_size
+        if patch is not None:
+            if len(patch) != self.store.ndim or min(patch) < 1:
+                raise ConfigError(
+                    f"train.patch_size={list(patch)}: expected {self.store.ndim} values of at least 1, one per axis"
+                )
+            return patch
+        shapes = {self.store.shape(int(i)) for i in self.cases}
+        if len(shapes) > 1:
+            raise DataError(
+                f"the prepared images have {len(shapes)} different shapes, such as {sorted(shapes)[0]} and "
+                f"{sorted(shapes)[-1]}, and can't be stacked. Set train.patch_size, or preprocess.size (classification)"
+            )
+        return shapes.pop()
+
+    def _targets(self) -> Tensor:
+        labels = [self.store.label(int(i)) for i in self.cases]
+        for i, label in zip(self.cases, labels, strict=True):
+            fits = (
+                isinstance(label, int) and 0 <= label < self.num_classes
+                if self.kind == "classification"
+                else isinstance(label, tuple) and len(label) == self.num_classes
+            )
+            if not fits:
+                raise DataError(
+                    f"training case number {i} has the label {label!r}, which is none of {self.num_classes} classes. "
+                    "Label or remove it"
+                )
+        return torch.tensor(labels, dtype=torch.int64 if self.kind == "classification" else torch.float32)
+
+    def _strata(self) -> list[npt.NDArray[np.int64]]:
+        """Positions in ``cases`` by class; a case of several labels counts for its rarest."""
+        assert self.targets is not None
+        if self.kind == "classification":
+            key = self.targets.numpy()
+        else:
+            present = self.targets.numpy() > 0
+            frequency = np.where(present, present.sum(axis=0), len(present) + 1)
+            key = np.where(present.any(axis=1), frequency.argmin(axis=1), self.num_classes)
+        return [np.flatnonzero(key == k) for k in np.unique(key)]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.cases) * self.train.samples_per_case / self.train.batch_size)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, number = key
+        size = self.train.batch_size
+        drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
+        rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
+        images = torch.empty(len(drawn), self.store.channels, *self.patch)
+        masks = torch.empty(len(drawn), *self.patch) if self.kind == "segmentation" else None
+        for row, position in enumerate(drawn):
+            self._read(int(self.cases[position]), number * size + int(self.rows[row]), rng, images[row], masks, row)
+        images, masks = self.augment(images, masks, generator)
+        if masks is not None:
+            target = masks.to(torch.int64)
+        else:
+            assert self.targets is not None
+            target = self.targets[torch.from_numpy(drawn)]
+            if self.train.mixup > 0:
+                images, target = self._mix(images, target, rng)
+        return {"image": images, "target": target, "index": torch.from_numpy(self.cases[drawn])}
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Positions in ``cases`` of all samples of an epoch, (steps * batch_size,)."""
+        rng = np.random.default_rng((self.seed, epoch))
+        need = len(self) * self.train.batch_size
+        if self.strata is None:
+            laps = [rng.permutation(len(self.cases)) for _ in range(math.ceil(need / len(self.cases)))]
+            return np.concatenate(laps)[:need]
+        per_class = math.ceil(need / len(self.strata))
+        columns = [
+            np.concatenate([rng.permutation(members) for _ in range(math.ceil(per_class / len(members)))])[:per_class]
+            for members in self.strata
+        ]
+        rounds = np.stack(columns, axis=1)  # one of each class a row
+        return rng.permuted(rounds, axis=1).reshape(-1)[:need]
+
+    def _read(
+        self, i: int, position: int, rng: np.random.Generator, image: Tensor, masks: Tensor | None, row: int
+    ) -> None:
+        """Copy one patch from the file into ``image`` (C, *patch) and ``masks[row]``, padding where it juts out."""
+        shape = self.store.shape(i)
+        start = self._place(i, shape, position, rng)
+        inside, pads, slots = [], [], []
+        for n, size, first in zip(shape, self.patch, start, strict=True):
+            low, high = max(first, 0), min(first + size, n)
+            inside.append(slice(low, high))
+            slots.append(slice(low - first, high - first))
+            pads.append((low - first, first + size - high))
+        pixels = np.asarray(self.store.image(i)[(slice(None), *inside)])
+        if any(before or after for before, after in pads):
+            pixels = np.pad(pixels, ((0, 0), *pads), mode="edge")
+        image.numpy()[...] = pixels
+        if masks is not None:
+            labels = self.store.mask(i)
+            assert labels is not None
+            target = masks[row].fill_(IGNORE).numpy()
+            target[tuple(slots)] = labels[tuple(inside)]
+
+    def _place(self, i: int, shape: tuple[int, ...], position: int, rng: np.random.Generator) -> list[int]:
+        """Where a patch starts, per axis; centred on the image along axes that are shorter than it."""
+        share = self.train.foreground if self.kind == "segmentation" else 0.0
+        centre = None
+        if int((position + 1) * share) > int(position * share):  # every 1/share-th sample, rather than by chance
+            classes = self.store.foreground_classes(i)
+            if len(classes):
+                present = np.unique(classes)
+                first, last = np.searchsorted(classes, [k := rng.choice(present), int(k) + 1])
+                centre = self.store.foreground(i)[rng.integers(first, last)]
+        start = []
+        for axis, (n, size) in enumerate(zip(shape, self.patch, strict=True)):
+            if n <= size:
+                start.append((n - size) // 2)
+            elif centre is None:
+                start.append(int(rng.integers(n - size + 1)))
+            else:
+                start.append(int(np.clip(centre[axis] - size // 2, 0, n - size)))
+        return start
+
+    def _mix(self, images: Tensor, target: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """mixup (Zhang et al., ICLR 2018): each sample with another of the batch; soft targets (B, K) float32."""
+        soft = target if target.ndim == 2 else F.one_hot(target, self.num_classes).float()
+        weight = torch.from_numpy(rng.beta(self.train.mixup, self.train.mixup, len(images))).float()
+        other = torch.from_numpy(rng.permutation(len(images)))
+        images = torch.lerp(images[other], images, weight.view(-1, *[1] * (images.ndim - 1)))
+        return images, torch.lerp(soft[other], soft, weight.view(-1, 1))
