@@ -16,9 +16,6 @@ import torch
 from medray.errors import ModelError
 from medray.predict.predictor import Callback, Floats, softmax
 
-PAD_VALUE = 0.0
-"""What lies outside the image: the mean of a normalised one."""
-
 
 def segment(
     predictor: Callback,
@@ -32,7 +29,7 @@ def segment(
 ) -> Floats:
     """Class probabilities of one prepared image.
 
-    Windows are blended with Gaussian weights on the CPU in float32, as nnU-Net does (Isensee et al., Nature Methods 2021).
+    Windows are blended with Gaussian weights, in float32 on the CPU (nnU-Net: Isensee et al., Nature Methods 2021).
 
     Args:
         predictor: (B, C, *s) to logits (B, K, *s).
@@ -70,26 +67,24 @@ def segment(
         return np.ascontiguousarray(total / len(subsets)) if len(subsets) > 1 else total
 
     if patch_size is None:
-        padded, inner = _pad_to_multiple(array, divisor)
+        divisors = (divisor,) * len(spatial) if isinstance(divisor, int) else tuple(divisor)
+        padded, inner = _pad(array, [-(-n // d) * d for n, d in zip(spatial, divisors, strict=True)])
         return np.ascontiguousarray(mean_over_flips(padded[None])[0][inner])
 
     from monai.inferers.utils import sliding_window_inference
 
     window = tuple(int(n) for n in patch_size)
-    # The whole image padded to one window: no blending to be done, and none of its rounding.
-    overlap = 0.0 if all(n <= p for n, p in zip(spatial, window, strict=True)) else overlap
+    padded, inner = _pad(array, [max(n, p) for n, p in zip(spatial, window, strict=True)])
     blended: Any = sliding_window_inference(
-        torch.from_numpy(np.array(array, dtype=np.float32))[None],
+        torch.from_numpy(padded)[None],
         roi_size=window,
         sw_batch_size=batch_size,
         predictor=lambda x: torch.from_numpy(mean_over_flips(x.numpy())),
         overlap=overlap,
         mode="gaussian",
-        padding_mode="constant",
-        cval=PAD_VALUE,
         device=torch.device("cpu"),
     )
-    return blended[0].numpy()
+    return np.ascontiguousarray(blended[0].numpy()[inner])
 
 
 def segment_labels(
@@ -165,19 +160,17 @@ def _check(array: Floats, patch_size: Sequence[int] | None, overlap: float, flip
         raise ModelError(f"mirror axes {tuple(flip_axes)} must be different numbers from 0 to {ndim - 1}")
 
 
-def _pad_to_multiple(array: Floats, divisor: int | Sequence[int]) -> tuple[Floats, tuple[slice, ...]]:
-    """Pad both ends alike to a multiple of ``divisor``; the slices (with all channels first) that undo it."""
-    spatial = array.shape[1:]
-    divisors = (divisor,) * len(spatial) if isinstance(divisor, int) else tuple(divisor)
-    widths = [(0, 0)]
-    inner = [slice(None)]
-    for size, multiple in zip(spatial, divisors, strict=True):
-        extra = -size % multiple
-        widths.append((extra // 2, extra - extra // 2))
-        inner.append(slice(extra // 2, extra // 2 + size))
-    if not any(sum(pair) for pair in widths):
-        return np.asarray(array, dtype=np.float32), tuple(inner)
-    return np.pad(array, widths, constant_values=PAD_VALUE), tuple(inner)
+def _pad(array: Floats, size: Sequence[int]) -> tuple[Floats, tuple[slice, ...]]:
+    """Pad (C, *s) at both ends alike to ``size`` by repeating the border, as training patches are; the slices undo it.
+
+    The result is the caller's own, writable array.
+    """
+    widths, inner = [(0, 0)], [slice(None)]
+    for have, want in zip(array.shape[1:], size, strict=True):
+        before = (want - have) // 2
+        widths.append((before, want - have - before))
+        inner.append(slice(before, before + have))
+    return np.pad(np.asarray(array, dtype=np.float32), widths, mode="edge"), tuple(inner)
 
 
 def _slabs(size: int, patch: int, overlap: float, most: int) -> Iterator[tuple[slice, slice, slice]]:

@@ -1,0 +1,1 @@
+"""Answers as files, each in the geometry of its input: one format a file."""
