@@ -64,5 +64,5 @@ class LocalRuntime:
     def agree(self, flag: bool) -> bool:
         return flag
 
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()

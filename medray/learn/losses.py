@@ -1,0 +1,294 @@
+"""Losses over logits.
+
+Shapes: logits (B, K) or (B, K, *spatial); a list of them, full resolution first, under deep supervision.
+Targets: segmentation (B, *spatial) int64; classification (B,) int64, or (B, K) float probabilities (mixup); multilabel
+    (B, K) float.
+
+All are computed in float32, whatever autocast says. Where the target is ``ignore_index``, neither value nor gradient
+arises.
+
+A loss is *separable* if the value of a batch is the sum of the values of its parts, each given the target of the whole
+batch: ``loss(x, t) == sum(loss(x_i, t_i, whole=t))``. All are but Dice and Tversky over the batch, whose ratio is
+    taken after the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medray.config.schema import LossConfig
+from medray.errors import ConfigError
+
+__all__ = ["LOSSES", "Loss", "Overlap", "Softmax", "build_loss", "nearest"]
+
+Kind = Literal["classification", "multilabel", "segmentation"]
+SMOOTH = 1e-5
+
+LOSSES: dict[Kind, tuple[str, ...]] = {
+    "classification": ("cross_entropy", "focal", "bce"),
+    "multilabel": ("bce", "focal"),
+    "segmentation": ("dice_ce", "dice", "cross_entropy", "focal", "tversky", "bce"),
+}
+
+
+def build_loss(config: LossConfig, *, kind: Kind, num_classes: int, ignore_index: int = 255) -> Loss:
+    """The loss that ``config`` names.
+
+    Args:
+        config: ``class_weights`` scale each class's term (cross-entropy, focal), the positives of each class (bce,
+            multilabel focal), or the share of each class in the mean over classes (Dice, Tversky; background is left
+            out there). ``label_smoothing`` acts on all but Dice and Tversky.
+        kind: the task.
+        num_classes: K, background included.
+        ignore_index: target value to look away from.
+
+    Raises:
+        ConfigError: a loss that this task can't use, or weights that don't match the classes.
+    """
+    if config.name not in LOSSES[kind]:
+        raise ConfigError(f"loss.name={config.name} does not fit a {kind} task; use one of {', '.join(LOSSES[kind])}")
+    if config.class_weights is not None:
+        if len(config.class_weights) != num_classes:
+            raise ConfigError(
+                f"loss.class_weights has {len(config.class_weights)} values for {num_classes} classes; give one a class"
+            )
+        foreground = config.class_weights[1:] if config.name in ("dice", "tversky", "dice_ce") else config.class_weights
+        if not any(foreground):
+            raise ConfigError(
+                "loss.class_weights are all zero, so nothing would be learnt; give a positive weight to a class"
+            )
+    if kind == "classification" and ignore_index < num_classes:
+        ignore_index = -100  # a label of this many classes; cases of a classification are never ignored
+    weights = None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)
+    smoothing, gamma = config.label_smoothing, config.gamma
+    if config.name == "bce" or kind == "multilabel":
+        binary_gamma = gamma if config.name == "focal" else 0.0
+        return Binary(ignore_index, weights, smoothing=smoothing, gamma=binary_gamma, dense=kind == "segmentation")
+    if config.name in ("cross_entropy", "focal"):
+        return Softmax(ignore_index, weights, smoothing=smoothing, gamma=gamma if config.name == "focal" else 0.0)
+    if config.name == "tversky":
+        return Overlap(ignore_index, weights, alpha=config.alpha, beta=config.beta, over_batch=config.batch_dice)
+    overlap = Overlap(ignore_index, weights, alpha=0.5, beta=0.5, over_batch=config.batch_dice)
+    if config.name == "dice":
+        return overlap
+    return Sum(ignore_index, overlap, Softmax(ignore_index, weights, smoothing=smoothing))
+
+
+def nearest(target: Tensor, shape: Sequence[int]) -> Tensor:
+    """``target`` (B, *spatial) int64 sampled at the voxel centres of a coarser grid of ``shape``."""
+    if tuple(target.shape[1:]) == tuple(shape):
+        return target
+    for axis, new in enumerate(shape, start=1):
+        old = target.shape[axis]
+        # Centre of new voxel i lies at (i + 1/2) * old / new - 1/2; integers keep it exact and alike on every device.
+        index = ((2 * torch.arange(new, device=target.device) + 1) * old) // (2 * new)
+        target = target.index_select(axis, index)
+    return target
+
+
+class Loss(nn.Module):
+    """Base: unfolds deep supervision (weights 1, 1/2, 1/4, ... that sum to one) and leaves autocast."""
+
+    separable = True
+
+    def __init__(self, ignore_index: int, weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.weights: Tensor | None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, whole: Tensor | None = None) -> Tensor:
+        """The loss, a float32 scalar.
+
+        Args:
+            logits: see the head of this file.
+            target: see the head of this file.
+            whole: the target of the whole batch where ``target`` is a part of it; means are then over the whole.
+        """
+        levels = [logits] if isinstance(logits, Tensor) else list(logits)
+        whole = target if whole is None else whole
+        total = levels[0].new_zeros((), dtype=torch.float32)
+        scale = sum(0.5**level for level in range(len(levels)))
+        with torch.autocast(levels[0].device.type, enabled=False):
+            for level, values in enumerate(levels):
+                part, all_of_it = target, whole
+                if level:
+                    part, all_of_it = nearest(target, values.shape[2:]), nearest(whole, values.shape[2:])
+                total = total + (0.5**level / scale) * self.term(values.float(), part, all_of_it)
+        return total
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        """The loss of one level: float32 logits (B, K, *spatial) and their target."""
+        raise NotImplementedError
+
+    def known(self, target: Tensor) -> Tensor:
+        """Where the target is not ignored: bool of its shape."""
+        return target != self.ignore_index
+
+
+class Softmax(Loss):
+    """Cross-entropy, or focal loss where ``gamma`` > 0 (Lin et al. 2017, arXiv:1708.02002): one class per sample or
+    voxel.
+
+    The mean is weighted by the target's class weight, as PyTorch's cross-entropy does it.
+    """
+
+    def __init__(
+        self, ignore_index: int, weights: Tensor | None, *, smoothing: float = 0.0, gamma: float = 0.0
+    ) -> None:
+        super().__init__(ignore_index, weights)
+        self.smoothing, self.gamma = smoothing, gamma
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        if target.is_floating_point():
+            weights = torch.ones_like(logits[0]) if self.weights is None else self.weights
+            probabilities = target * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+            log_p = logits.log_softmax(1)
+            return -(weights * probabilities * self.focus(log_p) * log_p).sum() / (weights * whole).sum().clamp_min(
+                1e-12
+            )
+        if self.gamma == 0:
+            value = F.cross_entropy(
+                logits,
+                target,
+                self.weights,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.smoothing,
+                reduction="sum",
+            )
+            return value / self.mass(whole)
+        log_p = logits.log_softmax(1)
+        terms = -self.focus(log_p) * log_p
+        picked = terms.gather(1, target.where(self.known(target), 0).unsqueeze(1)).squeeze(1)
+        scale = (
+            self.weights[target.where(self.known(target), 0)] if self.weights is not None else torch.ones_like(picked)
+        )
+        value = scale * picked
+        if self.smoothing:
+            spread = terms if self.weights is None else terms * self.weights.view(-1, *[1] * (terms.ndim - 2))
+            value = (1 - self.smoothing) * value + self.smoothing * spread.mean(1)
+        return value.where(self.known(target), 0).sum() / self.mass(whole)
+
+    def focus(self, log_p: Tensor) -> Tensor:
+        """(1 - p) ** gamma, by a form whose gradient stays finite at p = 1."""
+        if self.gamma == 0:
+            return torch.ones((), device=log_p.device)
+        return (-torch.expm1(log_p)).clamp_min(1e-12) ** self.gamma
+
+    def mass(self, target: Tensor) -> Tensor:
+        """Sum of class weights over the known targets; tiny rather than zero where all are ignored."""
+        known = self.known(target)
+        if self.weights is None:
+            return known.sum().clamp_min(1).float()
+        return self.weights[target[known]].sum().clamp_min(1e-12)
+
+
+class Binary(Loss):
+    """Each class against the rest by a sigmoid: binary cross-entropy, or focal loss where ``gamma`` > 0."""
+
+    def __init__(
+        self,
+        ignore_index: int,
+        weights: Tensor | None,
+        *,
+        smoothing: float = 0.0,
+        gamma: float = 0.0,
+        dense: bool = False,
+    ) -> None:
+        super().__init__(ignore_index, weights)
+        self.smoothing, self.gamma, self.dense = smoothing, gamma, dense
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        known = self.known(target)
+        if not target.is_floating_point():
+            truth = one_hot(target.where(known, 0), logits.shape[1])
+            known = known.unsqueeze(1).expand_as(truth)
+        else:
+            truth = target.where(known, 0.0)
+        truth = truth * (1 - self.smoothing) + 0.5 * self.smoothing
+        positive = None if self.weights is None else self.weights.view(-1, *[1] * (logits.ndim - 2))
+        value = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=positive, reduction="none")
+        if self.gamma:
+            p = logits.sigmoid()
+            miss = (truth * (1 - p) + (1 - truth) * p).clamp_min(1e-12)
+            value = miss**self.gamma * value
+        count = self.known(whole).sum() * (1 if whole.is_floating_point() else logits.shape[1])
+        return value.where(known, 0).sum() / count.clamp_min(1)
+
+
+class Overlap(Loss):
+    """1 - Tversky index of the foreground classes (Salehi et al. 2017, arXiv:1706.05721); alpha = beta = 1/2 is soft
+    Dice.
+
+    Index = TP / (TP + alpha FP + beta FN), sums over the batch's voxels (``over_batch``: steadier where a class is
+    rare) or over each sample's; mean over classes. A sum of the batch makes the loss inseparable.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int,
+        weights: Tensor | None,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        over_batch: bool = True,
+    ) -> None:
+        super().__init__(ignore_index, weights)
+        self.alpha, self.beta, self.over_batch = alpha, beta, over_batch
+        self.separable = not over_batch
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        return self.of_probabilities(logits.softmax(1), target, whole)
+
+    def of_probabilities(self, probabilities: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        """The loss of probabilities (B, K, *spatial), so that a sum of losses computes its softmax once."""
+        known = self.known(target)
+        truth = one_hot(target.where(known, 0), probabilities.shape[1])[:, 1:]
+        p = probabilities[:, 1:]
+        if not bool(known.all()):
+            truth = truth * known.unsqueeze(1)
+            p = p * known.unsqueeze(1)
+        axes = (0, *range(2, p.ndim)) if self.over_batch else tuple(range(2, p.ndim))
+        hit, guessed, there = (p * truth).sum(axes), p.sum(axes), truth.sum(axes)
+        wrong = self.alpha * (guessed - hit) + self.beta * (there - hit)
+        index = (hit + SMOOTH) / (hit + wrong + SMOOTH)
+        if self.weights is None:
+            miss = (1 - index).mean(-1)
+        else:
+            share = self.weights[1:]
+            miss = ((1 - index) * share).sum(-1) / share.sum()
+        return miss if self.over_batch else miss.sum() / whole.shape[0]
+
+
+class Sum(Loss):
+    """Dice + cross-entropy, sharing one softmax."""
+
+    def __init__(self, ignore_index: int, overlap: Overlap, entropy: Softmax) -> None:
+        super().__init__(ignore_index)
+        self.overlap, self.entropy = overlap, entropy
+        self.separable = overlap.separable
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        log_p = logits.log_softmax(1)
+        # log_softmax of a log-probability is itself, so the cross-entropy below sees the same values.
+        entropy = F.nll_loss(log_p, target, self.entropy.weights, ignore_index=self.ignore_index, reduction="sum")
+        if self.entropy.smoothing:
+            spread = (
+                log_p
+                if self.entropy.weights is None
+                else log_p * self.entropy.weights.view(-1, *[1] * (log_p.ndim - 2))
+            )
+            even = -spread.mean(1).where(self.known(target), 0).sum()
+            entropy = (1 - self.entropy.smoothing) * entropy + self.entropy.smoothing * even
+        return entropy / self.entropy.mass(whole) + self.overlap.of_probabilities(log_p.exp(), target, whole)
+
+
+def one_hot(target: Tensor, num_classes: int) -> Tensor:
+    """(B, *spatial) int64 to (B, K, *spatial) float32; torch's own makes int64 eight bytes wide."""
+    shape = (target.shape[0], num_classes, *target.shape[1:])
+    return torch.zeros(shape, device=target.device).scatter_(1, target.unsqueeze(1), 1.0)
