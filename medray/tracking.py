@@ -1,7 +1,7 @@
 """Where scalars, pictures and artifacts of a run are written: TensorBoard, MLflow, both, or nowhere.
 
-Callers are handed a :class:`Tracker` and know no vendor. Behind :class:`Trackers`, a store that fails (a full disk, a lock)
-ends no run.
+Callers are handed a :class:`Tracker` and know no vendor. Behind :class:`Trackers`, a store that fails (a full disk, a
+lock) ends no run.
 """
 
 from __future__ import annotations
