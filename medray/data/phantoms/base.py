@@ -1,7 +1,7 @@
 """What all phantoms share: their description, their scanners, and the drawing of soft shapes and smooth fields.
 
-Only numpy is needed. Everything is drawn in continuous coordinates with edges as wide as the scanner's point spread, so that
-a phantom looks alike at any matrix size and partial volume comes for free.
+Only numpy is needed. Everything is drawn in continuous coordinates with edges as wide as the scanner's point spread, so
+that a phantom looks alike at any matrix size and partial volume comes for free.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Render = Callable[
 ]
 """(patient's generator, image's generator, scanner, shape, label flags) to pixels.
 
-``label flags`` hold one 0/1 per class that the image shall show (one-hot for classification, empty for segmentation)."""
+``label flags`` hold a 0/1 per class that the image shall show (one-hot for classification, empty for segmentation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class PhantomSpec:
 
 
 def axes(shape: tuple[int, ...], extent: tuple[float, ...]) -> list[Array]:
-    """Open coordinate grids of the pixel centres, centred on 0, over a field of view of ``extent`` (any unit) per axis."""
+    """Open coordinate grids of the pixel centres over a field of view of ``extent`` (any unit), 0 in the middle."""
     grids = []
     for axis, (n, width) in enumerate(zip(shape, extent, strict=True)):
         line = ((np.arange(n) + 0.5) / n - 0.5) * width
@@ -138,7 +138,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], cells: tuple[
 
 
 def blurred(image: Array, sigma: float, first: int = 0) -> Array:
-    """Gaussian blur by ``sigma`` pixels along the axes from ``first`` on (a matrix product per axis; edges replicate)."""
+    """Gaussian blur by ``sigma`` pixels along the axes from ``first`` on (a matrix product each)."""
     if sigma <= 0.05:
         return image
     for axis in range(first, image.ndim):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -249,7 +245,7 @@ def read_phantom(reference: str) -> tuple[Image, Mask | None, int | tuple[int, .
     """Make one phantom.
 
     Returns:
-        Image (C, *spatial), its mask (*spatial) uint8 for segmentation, its label (an index, or 0/1 per label) otherwise.
+        Image (C, *spatial), for segmentation its mask (*spatial) uint8, else its label (an index, or 0/1s).
         With ``part=valid`` the mask is the field of view.
 
     Raises:
@@ -262,7 +258,11 @@ def read_phantom(reference: str) -> tuple[Image, Mask | None, int | tuple[int, .
         affine = np.diag([*made.spacing, 1.0])
         affine[:3, 3] = [-0.5 * s * (n - 1) for s, n in zip(made.spacing, made.array.shape[1:], strict=True)]
     image = Image(
-        array=made.array.copy(), spacing=made.spacing, affine=affine, modality=ref.spec.modality, source=reference
+        array=made.array + np.float32(0),
+        spacing=made.spacing,
+        affine=affine,
+        modality=ref.spec.modality,
+        source=reference,
     )
     chosen = made.valid if ref.part == "valid" else made.mask
     mask = None
@@ -289,7 +289,10 @@ def phantom_manifest(source: str) -> Manifest:
                 valid=ref.text(index, "valid") if spec.has_valid else None,
                 patient=f"P{patient:04d}",
                 site=_scanner(spec, ref.seed, patient).site,
-                columns={"age": float(np.clip(round(person.normal(58, 14)), 18, 95)), "sex": str(person.choice(["F", "M"]))},
+                columns={
+                    "age": float(np.clip(round(person.normal(58, 14)), 18, 95)),
+                    "sex": str(person.choice(["F", "M"])),
+                },
             )
         )
     return Manifest(
@@ -302,83 +305,3 @@ def phantom_manifest(source: str) -> Manifest:
         modality=spec.modality,
         cases=tuple(cases),
     )
-
-
-def write_phantom(
-    name: str,
-    directory: Path,
-    *,
-    cases: int | None = None,
-    seed: int = 0,
-    size: tuple[int, ...] | int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Path:
-    """Write a phantom set as files: NIfTI (3-D) or PNG (2-D) images and masks, and the table ``cases.csv``.
-
-    Returns:
-        The table, which any command takes as ``data=``.
-
-    Raises:
-        DataError: an unknown name or size, or ``directory`` can't be written.
-    """
-    query = f"?seed={seed}"
-    if cases is not None:
-        query += f"&cases={cases}"
-    if size is not None:
-        query += "&size=" + (str(size) if isinstance(size, int) else "x".join(map(str, size)))
-    manifest = phantom_manifest(f"{SCHEME}{name}{query}")
-    table = directory / "cases.csv"
-    try:
-        rows = [_write_case(manifest, case, directory) for case in _counted(manifest.cases, progress)]
-        with table.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise DataError(f"{directory}: {error.strerror or error}. Choose a directory that can be written") from None
-    return table
-
-
-def _counted(cases: tuple[Case, ...], progress: Callable[[int, int, str], None] | None) -> Any:
-    for done, case in enumerate(cases, 1):
-        yield case
-        if progress is not None:
-            progress(done, len(cases), case.id)
-
-
-def _write_case(manifest: Manifest, case: Case, directory: Path) -> dict[str, Any]:
-    image, mask, _ = read_phantom(case.images[0])
-    suffix = ".nii.gz" if manifest.ndim == 3 else ".png"
-    row: dict[str, Any] = {"image": f"images/{case.id}{suffix}"}
-    _write_array(directory / row["image"], image.array, image.affine)
-    if mask is not None:
-        row["mask"] = f"masks/{case.id}{suffix}"
-        _write_array(directory / row["mask"], mask.array[None], mask.affine)
-    if case.valid is not None:
-        valid = read_phantom(case.valid)[1]
-        assert valid is not None
-        row["valid"] = f"valid/{case.id}{suffix}"
-        _write_array(directory / row["valid"], valid.array[None], valid.affine)
-    if isinstance(case.label, int):
-        row["label"] = manifest.classes[case.label]
-    elif case.label is not None:
-        row |= {f"label_{name}": flag for name, flag in zip(manifest.classes, case.label, strict=True)}
-    return {**row, "patient": case.patient, "site": case.site, **case.columns}
-
-
-def _write_array(path: Path, array: Any, affine: Any) -> None:
-    """(C, *spatial) whole numbers to NIfTI (int16/uint8), 16-bit grey PNG or 8-bit PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if affine is not None:
-        import nibabel
-
-        kind = np.uint8 if array.dtype == np.uint8 else np.int16
-        nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(array[0]).astype(kind), affine), path)
-        return
-    from PIL import Image as Picture
-
-    if array.shape[0] == 3:
-        pixels = np.moveaxis(array, 0, -1).astype(np.uint8)
-    else:
-        pixels = array[0].astype(np.uint16 if array.max() > 255 else np.uint8)
-    Picture.fromarray(pixels).save(path)

@@ -25,7 +25,7 @@ AIR, FAT, MUSCLE, LUNG = -1000.0, -100.0, 50.0, -840.0
 
 
 def reconstruction_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float, kernel: float) -> Array:
-    """Noise of standard deviation ``sigma`` HU over (X, Y, Z) with a ramp spectrum cut off at ``kernel`` cycles a voxel."""
+    """Noise of ``sigma`` HU over (X, Y, Z) with a ramp spectrum that ends at about ``kernel`` cycles a voxel."""
     white = rng.standard_normal(shape).astype(np.float32)
     fx = np.fft.fftfreq(shape[0])[:, None, None]
     fy = np.fft.rfftfreq(shape[1])[None, :, None]

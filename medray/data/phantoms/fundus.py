@@ -1,6 +1,6 @@
 """Fundus-like phantoms: colour photographs of a retina with vessels, or with haemorrhages and exudates.
 
-Drawn as relative reflectance, lit unevenly, seen through the camera's point spread, then photon and read noise and 8 bit.
+Drawn as relative reflectance, lit unevenly, seen through the camera's point spread; then photon noise and 8 bit.
 """
 
 from __future__ import annotations
@@ -9,12 +9,32 @@ import numpy as np
 from PIL import Image as Picture
 from PIL import ImageDraw
 
-from medray.data.phantoms.base import Array, Labels, Rendered, Scanner, axes, ball, blend, blurred, cover, pick, radius, smooth_field
+from medray.data.phantoms.base import (
+    Array,
+    Labels,
+    Rendered,
+    Scanner,
+    axes,
+    ball,
+    blend,
+    blurred,
+    cover,
+    pick,
+    radius,
+    smooth_field,
+)
 
 _OVERSAMPLE = 4
 
 
-def _tree(patient: np.random.Generator, shape: tuple[int, ...], disc: tuple[float, float], side: float) -> tuple[Array, Array]:
+def _edge(distance: Array) -> Array:
+    """1 inside, 0 outside, with the gradual border of a disc."""
+    return 0.5 - 0.5 * np.tanh(7 * distance)
+
+
+def _tree(
+    patient: np.random.Generator, shape: tuple[int, ...], disc: tuple[float, float], side: float
+) -> tuple[Array, Array]:
     """Coverage of veins and arteries (H, W): arcades that leave the disc, arch round the macula and branch.
 
     ``disc`` is (v, u) in -1..1, ``side`` is the sign of the direction from disc to macula.
@@ -27,18 +47,19 @@ def _tree(patient: np.random.Generator, shape: tuple[int, ...], disc: tuple[floa
         stack = []
         for up in (-1.0, 1.0):
             stack.append((disc[0], disc[1], np.arctan2(up, 0.55 * side) + patient.normal(0, 0.10), thick, up, 0))
-            stack.append((disc[0], disc[1], np.arctan2(up, -0.75 * side) + patient.normal(0, 0.2), thick * 0.75, 0.0, 0))
+            stack.append(
+                (disc[0], disc[1], np.arctan2(up, -0.75 * side) + patient.normal(0, 0.2), thick * 0.75, 0.0, 0)
+            )
         while stack:
             v, u, heading, w, arch, level = stack.pop()
             step = 0.04
             since = 0
             while v * v + u * u < 1.0 and w > 0.0055:
                 # The arcades bend back towards the horizontal as they pass the macula.
-                bend = -arch * side * 0.085 * (0.6 + abs(v)) if level == 0 else 0.0
-                heading += bend * (1 if arch else 0) * -1 + patient.normal(0, 0.09)
+                heading += patient.normal(0, 0.09)
                 if level == 0 and arch:
                     goal = 0.0 if side > 0 else np.pi
-                    heading += 0.055 * np.sin(goal - heading)
+                    heading += 0.10 * np.sin(goal - heading)
                 v2, u2 = v + step * np.sin(heading), u + step * np.cos(heading)
                 ends = [((a + 1) / 2 * width, (b + 1) / 2 * height) for a, b in ((u, v), (u2, v2))]
                 pen.line(ends, fill=255, width=max(1, round(w * width / 2)))
@@ -52,29 +73,36 @@ def _tree(patient: np.random.Generator, shape: tuple[int, ...], disc: tuple[floa
     return layers[0], layers[1]
 
 
-def _retina(patient: np.random.Generator, image: np.random.Generator, scanner: Scanner, shape: tuple[int, ...]) -> tuple[Array, Array, Labels, Array]:
+def _retina(
+    patient: np.random.Generator, scanner: Scanner, shape: tuple[int, ...]
+) -> tuple[Array, Array, Labels, Array]:
     """(reflectance (3, H, W), vessel coverage, field of view, distance from macula and disc for placing lesions)."""
-    v, u = grids = axes(shape, (2.1, 2.1))
+    grids = axes(shape, (2.1, 2.1))
     pixel = 2.1 / shape[0]
     side = 1.0 if patient.random() < 0.5 else -1.0  # left or right eye
     disc = (float(patient.normal(0, 0.04)), float(-side * patient.uniform(0.42, 0.56)))
     macula = (disc[0] + 0.06, disc[1] + side * 0.55)
-    base = np.array([0.80, 0.40, 0.17]) * patient.uniform([0.85, 0.75, 0.6], [1.1, 1.2, 1.3])
+    base = np.array([0.80, 0.40, 0.17]) * patient.uniform([0.9, 0.75, 0.6], [1.1, 1.0, 1.2])
     fov = np.broadcast_to(cover(radius(grids, (0, 0), (1, 1)) - 0.97, pixel), shape)
     pigment = 1 + 0.05 * smooth_field(patient, shape, 5) + 0.03 * smooth_field(patient, shape, 14)
     rgb = base[:, None, None].astype(np.float32) * pigment
     dark = np.exp(-((radius(grids, macula, (0.22, 0.22))) ** 2))
     rgb = rgb * (1 - dark * np.array([0.35, 0.5, 0.45], np.float32)[:, None, None])
     disc_r = radius(grids, disc, (0.155, 0.14))
-    rgb = blend(rgb, 1 / (1 + np.exp((disc_r - 1) * 14)), np.array([1.02, 0.78, 0.45], np.float32)[:, None, None])
-    cup = 1 / (1 + np.exp((disc_r - patient.uniform(0.35, 0.6)) * 14))
+    rgb = blend(rgb, _edge(disc_r - 1), np.array([1.02, 0.78, 0.45], np.float32)[:, None, None])
+    cup = _edge(disc_r - patient.uniform(0.35, 0.6))
     rgb = blend(rgb, 0.8 * cup, np.array([1.08, 0.95, 0.68], np.float32)[:, None, None])
     veins, arteries = _tree(patient, shape, disc, side)
     absorb = np.array([0.25, 0.55, 0.35], np.float32)[:, None, None] * scanner.contrast
     rgb = rgb * (1 - absorb * veins) * (1 - 0.75 * absorb * arteries)
     vessels = np.maximum(veins, arteries) * fov
     places = np.minimum(disc_r * 0.14, radius(grids, macula, (1, 1)))
-    return rgb.astype(np.float32), vessels, (fov > 0.5).astype(np.uint8), np.where(fov > 0.99, places, 0.0).astype(np.float32)
+    return (
+        rgb.astype(np.float32),
+        vessels,
+        (fov > 0.5).astype(np.uint8),
+        np.where(fov > 0.99, places, 0.0).astype(np.float32),
+    )
 
 
 def _photograph(image: np.random.Generator, scanner: Scanner, rgb: Array, fov: Labels) -> Array:
@@ -97,7 +125,7 @@ def render_vessels(
     _flags: tuple[int, ...],
 ) -> Rendered:
     """Retina; label 1 is vessel; ``valid`` is the field of view."""
-    rgb, vessels, fov, _ = _retina(patient, image, scanner, shape)
+    rgb, vessels, fov, _ = _retina(patient, scanner, shape)
     mask = ((vessels > 0.4) & (fov > 0)).astype(np.uint8)
     return Rendered(array=_photograph(image, scanner, rgb, fov), mask=mask, valid=fov)
 
@@ -110,7 +138,7 @@ def render_lesions(
     _flags: tuple[int, ...],
 ) -> Rendered:
     """Diabetic retina; labels: 1 haemorrhage (dark red), 2 exudate (bright yellow)."""
-    rgb, _, fov, places = _retina(patient, image, scanner, shape)
+    rgb, _, fov, places = _retina(patient, scanner, shape)
     grids = axes(shape, (2.1, 2.1))
     pixel = 2.1 / shape[0]
     marks = np.zeros(shape, np.uint8)

@@ -57,13 +57,13 @@ def render_head(
         if at is None:
             break
         middle = [float(g.ravel()[i]) for g, i in zip(grids, at, strict=True)]
-        semi_mm = image.uniform(12, 26) * image.uniform(0.8, 1.2, 3)
-        ragged = 0.28 * smooth_field(image, shape, 8)
+        semi_mm = image.uniform(14, 27) * image.uniform(0.8, 1.2, 3)
+        ragged = 0.2 * smooth_field(image, shape, 8)
         swelling = ball(grids, middle, semi_mm, width, ragged) * brain * (1 - ventricles)
         contrast = scanner.contrast * image.uniform(0.32, 0.48)
         signal = blend(signal, swelling, 0.62 + contrast + 0.04 * smooth_field(image, shape, 8))
         core = ball(grids, middle, semi_mm * image.uniform(0.42, 0.6), width, 0.12 * smooth_field(image, shape, 6))
-        core = core * brain * (1 - ventricles)
+        core = core * swelling
         signal = blend(signal, core, 0.62 + 0.25 * contrast + 0.06 * smooth_field(image, shape, 10))
         signal = blend(signal, ball(grids, middle, semi_mm * 0.2, width) * core, 0.3)  # necrosis
         oedema, cores = np.maximum(oedema, swelling), np.maximum(cores, core)

@@ -1,0 +1,246 @@
+"""Fingerprint: what was measured on the data. The plan sees nothing else, and the test split is never looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medray.data.image import Modality
+from medray.data.manifest import IGNORE, Case, Manifest, TaskKind
+from medray.data.readers import read_case
+from medray.data.sweep import Progress, sweep
+from medray.errors import DataError
+
+_SAMPLES_A_CASE = 20_000
+_SAMPLES = 4_000_000
+_PERCENTILES = (0.5, 50.0, 99.5)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ChannelStats(_Frozen):
+    """Intensities of one channel, in the files' unit: over foreground voxels (segmentation) or all (otherwise).
+
+    ``mean`` and ``std`` are exact; the percentiles (0.5, 50, 99.5) are of a sample that is bounded per case.
+    """
+
+    mean: float
+    std: float
+    p005: float
+    p50: float
+    p995: float
+
+
+class Fingerprint(_Frozen):
+    """What was measured on all cases but those of a given test split.
+
+    Attributes:
+        shape_min, shape_median, shape_max: voxels per axis, each axis on its own.
+        spacing_min, spacing_median, spacing_max: mm per axis; None where no file has any.
+        class_cases: how many cases show the class.
+        class_fraction: its share of the voxels (segmentation, inside the region of interest) or of the cases.
+        bytes_total: of all images as float32.
+        digest: SHA-256 over pixels, masks and labels, whatever the files are called.
+    """
+
+    version: Literal[1] = 1
+    task: TaskKind
+    ndim: Literal[2, 3]
+    channels: int
+    modality: Modality
+    classes: tuple[str, ...]
+    cases: int
+    patients: int
+    sites: dict[str, int]
+    shape_min: tuple[int, ...]
+    shape_median: tuple[int, ...]
+    shape_max: tuple[int, ...]
+    spacing_min: tuple[float, ...] | None
+    spacing_median: tuple[float, ...] | None
+    spacing_max: tuple[float, ...] | None
+    intensity: tuple[ChannelStats, ...]
+    class_cases: dict[str, int]
+    class_fraction: dict[str, float]
+    bytes_total: int
+    digest: str
+
+    def save(self, path: Path) -> None:
+        """Write ``fingerprint.json`` (UTF-8, atomically)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Fingerprint:
+        """Read ``fingerprint.json``.
+
+        Raises:
+            DataError: it is missing, no JSON, or doesn't follow the schema.
+        """
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}. Write one with: medray plan DATA") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"{path}: {where}: {first['msg']}. Write it anew with: medray plan DATA") from None
+        except ValueError as error:
+            raise DataError(f"{path}: no JSON ({error}). Write it anew with: medray plan DATA") from None
+
+
+@dataclass
+class _Measured:
+    """Of one case. ``sums`` (C, 3): count, sum, sum of squares of the voxels that count; ``sample`` (C, n)."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...] | None
+    bytes: int
+    sums: npt.NDArray[np.float64]
+    sample: npt.NDArray[np.float32]
+    voxels: npt.NDArray[np.int64]
+    digest: bytes
+
+
+def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerprint:
+    """Measure every case that is not in a given test split; memory holds a few cases and a bounded sample.
+
+    Args:
+        manifest: a checked one; set the drawn test split in it first, or its cases are measured too.
+        progress: called with (done, all, case id).
+
+    Raises:
+        UnreadableError: a case can't be read.
+        DataError: no case is left.
+    """
+    cases = [case for case in manifest.cases if case.split != "test"]
+    if not cases:
+        raise DataError(f"{manifest.source}: no cases outside of the test split. Put some into train")
+    root = Path(manifest.root)
+    budget = max(100, min(_SAMPLES_A_CASE, _SAMPLES // len(cases)))
+    numbered = list(enumerate(cases))
+    found = list(
+        sweep(lambda item: _measure(manifest, *item, root, budget), numbered, progress, name=lambda item: item[1].id)
+    )
+    # Masks may be empty all over; then the whole images have to do.
+    if not any(one.sums[:, 0].any() for one in found):
+        found = list(sweep(lambda item: _measure(manifest, *item, root, budget, whole=True), numbered))
+    shapes = np.array([one.shape for one in found])
+    known = [one.spacing for one in found if one.spacing is not None]
+    spacings = np.array(known) if known else None
+    class_cases, class_fraction = _balance(manifest, cases, found)
+    digest = hashlib.sha256(json.dumps([manifest.task, manifest.classes]).encode())
+    for one in found:
+        digest.update(one.digest)
+    return Fingerprint(
+        task=manifest.task,
+        ndim=manifest.ndim,
+        channels=manifest.channels,
+        modality=manifest.modality,
+        classes=manifest.classes,
+        cases=len(cases),
+        patients=len({case.group for case in cases}),
+        sites=dict(sorted(Counter(case.site for case in cases if case.site is not None).items())),
+        shape_min=_whole(shapes.min(0)),
+        shape_median=_whole(np.median(shapes, axis=0)),
+        shape_max=_whole(shapes.max(0)),
+        spacing_min=None if spacings is None else _floats(spacings.min(0)),
+        spacing_median=None if spacings is None else _floats(np.median(spacings, axis=0)),
+        spacing_max=None if spacings is None else _floats(spacings.max(0)),
+        intensity=_intensity(found),
+        class_cases=class_cases,
+        class_fraction=class_fraction,
+        bytes_total=sum(one.bytes for one in found),
+        digest=digest.hexdigest(),
+    )
+
+
+def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: int, *, whole: bool = False) -> _Measured:
+    image, mask, valid = read_case(case, root)
+    array = image.array
+    if array.shape[0] != manifest.channels or image.ndim != manifest.ndim:
+        wanted = f"{manifest.channels} channels, {manifest.ndim} axes"
+        raise DataError(
+            f"{case.id}: has {array.shape[0]} channels, {image.ndim} axes; the data set {wanted}. Run: medray check"
+        )
+    state = hashlib.sha256(repr((array.shape, case.label)).encode())
+    state.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+    inside = None if valid is None else valid.array > 0
+    voxels = np.zeros(len(manifest.classes), np.int64)
+    where = inside
+    if manifest.task == "segmentation" and mask is not None:
+        labels = mask.array
+        state.update(np.ascontiguousarray(labels.astype(np.int32)).tobytes())
+        counted = labels != IGNORE if inside is None else (labels != IGNORE) & inside
+        if labels[counted].size and int(labels[counted].max()) >= len(voxels):
+            raise DataError(
+                f"{case.id}: label {int(labels[counted].max())} with {len(voxels)} classes. Run: medray check"
+            )
+        voxels = np.bincount(labels[counted].ravel(), minlength=len(voxels)).astype(np.int64)
+        where = counted if whole else counted & (labels > 0)
+    elif manifest.task == "segmentation":
+        where = np.zeros(image.shape, bool)
+    values = array.reshape(array.shape[0], -1) if where is None else array[:, where]
+    exact = values.astype(np.float64)
+    sums = np.stack([np.full(len(values), values.shape[1], np.float64), exact.sum(1), (exact**2).sum(1)], axis=1)
+    # Bounded per case, as in nnU-Net: large cases shall not drown the small ones, nor fill the memory.
+    rng = np.random.default_rng([number, values.shape[1]])
+    sample = values
+    if values.shape[1] > budget:
+        sample = values[:, np.sort(rng.choice(values.shape[1], budget, replace=False, shuffle=False))]
+    return _Measured(image.shape, image.spacing, array.size * 4, sums, np.array(sample), voxels, state.digest())
+
+
+def _intensity(found: list[_Measured]) -> tuple[ChannelStats, ...]:
+    totals = np.sum([one.sums for one in found], axis=0)
+    count = np.maximum(totals[:, 0], 1)
+    mean = totals[:, 1] / count
+    std = np.sqrt(np.maximum(totals[:, 2] / count - mean**2, 0))
+    pooled = np.concatenate([one.sample for one in found], axis=1)
+    low, middle, high = np.percentile(pooled, _PERCENTILES, axis=1)
+    return tuple(
+        ChannelStats(
+            mean=float(mean[c]), std=float(std[c]), p005=float(low[c]), p50=float(middle[c]), p995=float(high[c])
+        )
+        for c in range(len(mean))
+    )
+
+
+def _balance(manifest: Manifest, cases: list[Case], found: list[_Measured]) -> tuple[dict[str, int], dict[str, float]]:
+    shown: npt.NDArray[Any]
+    if manifest.task == "segmentation":
+        voxels = np.stack([one.voxels for one in found])
+        shown = (voxels > 0).sum(0)
+        share = voxels.sum(0) / max(1, int(voxels.sum()))
+    else:
+        flags = np.zeros((len(cases), len(manifest.classes)))
+        for row, case in zip(flags, cases, strict=True):
+            if isinstance(case.label, tuple):
+                row[:] = case.label
+            elif case.label is not None:
+                row[case.label] = 1
+        shown, share = flags.sum(0), flags.mean(0)
+    names = manifest.classes
+    return (
+        {name: int(n) for name, n in zip(names, shown, strict=True)},
+        {name: float(s) for name, s in zip(names, share, strict=True)},
+    )
+
+
+def _whole(values: Any) -> tuple[int, ...]:
+    return tuple(round(v) for v in values)
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(round(v, 6)) for v in values)

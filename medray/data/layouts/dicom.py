@@ -1,0 +1,186 @@
+"""A DICOM tree: series are found by their headers, whatever the files are called.
+
+A series that fills a folder is that folder, one that shares it ``FOLDER#SERIES-UID``, one of a single file that file.
+Labels come from a table in the tree's root that names a series by path or SeriesInstanceUID (column ``image``) or all
+series of a person (column ``patient`` alone), or from a folder per class (see :mod:`medray.data.layouts.folders`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medray.data.layouts.base import Draft, relative, suffix_of, unique_ids, visible
+from medray.data.layouts.table import draft_table, is_table, read_table, whole_number
+from medray.data.manifest import Case
+from medray.data.sweep import Progress, sweep
+from medray.errors import DataError, MissingDependencyError
+
+_DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+_NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "FID"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Files of one SeriesInstanceUID in one folder; ``alone`` says that the folder holds no other images."""
+
+    uid: str
+    patient: str
+    folder: Path
+    files: tuple[Path, ...]
+    alone: bool
+
+    def reference(self, root: Path) -> str:
+        """What a Case names it by."""
+        if len(self.files) == 1:
+            return relative(self.files[0], root)
+        return relative(self.folder, root) + ("" if self.alone else f"#{self.uid}")
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    for entry in visible(folder):
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _candidates(entry)
+        elif entry.name != "DICOMDIR" and entry.is_file() and _is_dicom(entry):
+            yield entry
+
+
+def _is_dicom(path: Path) -> bool:
+    """By its ending, or by the mark behind the preamble where there is none that means something else."""
+    if path.name.lower().endswith(_DICOM_ENDINGS):
+        return True
+    if (
+        suffix_of(path)
+        or is_table(path)
+        or path.suffix.lower() in (".txt", ".json", ".xml", ".md", ".pdf", ".zip", ".gz")
+    ):
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether there is a DICOM file somewhere below."""
+    return next(_candidates(folder), None) is not None
+
+
+def series_under(folder: Path, progress: Progress | None = None) -> list[Series]:
+    """All image series below a folder, by path. Files without pixels or that can't be parsed are left out.
+
+    Raises:
+        MissingDependencyError: pydicom is not installed.
+    """
+    try:
+        import pydicom
+    except ImportError:
+        raise MissingDependencyError(f"{folder}: DICOM needs pydicom. Install it with: pip install pydicom") from None
+
+    tags = ["SeriesInstanceUID", "PatientID", "Modality", "Rows", "Columns"]
+
+    def header(path: Path) -> tuple[str, str] | None:
+        try:
+            found: Any = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
+            if not found.get("Rows") or not found.get("Columns") or found.get("Modality", "") in _NO_IMAGES:
+                return None
+            return str(found.get("SeriesInstanceUID") or path.name), str(found.get("PatientID") or "").strip()
+        except Exception:  # pydicom raises whatever a damaged header leads it to; such a file belongs to no series
+            return None
+
+    files = list(_candidates(folder))
+    groups: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    patients: dict[tuple[Path, str], str] = {}
+    for path, found in zip(files, sweep(header, files, progress, name=lambda p: p.name), strict=True):
+        if found is not None:
+            key = path.parent, found[0]
+            groups[key].append(path)
+            patients.setdefault(key, found[1])
+    shared = defaultdict(int)
+    for parent, _ in groups:
+        shared[parent] += 1
+    return [
+        Series(uid=uid, patient=patients[parent, uid], folder=parent, files=tuple(members), alone=shared[parent] == 1)
+        for (parent, uid), members in groups.items()
+    ]
+
+
+def patient_table(folder: Path) -> Path | None:
+    """The one table in a DICOM tree's root that has ``label`` for each ``patient`` and no ``image``."""
+    from medray.data.layouts.table import columns
+
+    fitting = []
+    for path in visible(folder):
+        if path.is_file() and is_table(path):
+            names = set(columns(path))
+            if {"patient", "label"} <= names and "image" not in names:
+                fitting.append(path)
+    if len(fitting) > 1:
+        raise DataError(f"{folder}: {' and '.join(p.name for p in fitting)} both label patients. Keep one")
+    return fitting[0] if fitting else None
+
+
+def draft_series_table(table: Path, task: str, progress: Progress | None, naming: dict[str, str]) -> Draft:
+    """A table in a DICOM tree: ``image`` may be a SeriesInstanceUID; the header names the patient if it doesn't.
+
+    Raises:
+        DataError: as for any table.
+    """
+    draft = draft_table(table, task, naming)
+    root = draft.root
+    series = {s.uid: s for s in series_under(root, progress)}
+    by_reference = {s.reference(root): s for s in series.values()}
+    cases = []
+    for case in draft.cases:
+        found = [series.get(i) or by_reference.get(i) for i in case.images]
+        images = tuple(s.reference(root) if s else i for s, i in zip(found, case.images, strict=True))
+        patient = case.patient or next((s.patient for s in found if s), "")
+        cases.append(case.model_copy(update={"images": images, "patient": patient}))
+    draft.cases = cases
+    return draft
+
+
+def draft_patients(source: str, folder: Path, table: Path, task: str, progress: Progress | None) -> Draft:
+    """Every series of a patient gets the patient's label.
+
+    Raises:
+        DataError: no patient of the table is in the tree, one stands twice, or the labels are none.
+    """
+    rows = {}
+    for row in read_table(table):
+        if row["patient"] in rows:
+            raise DataError(
+                f"{table}: patient {row['patient']!r} stands twice. Keep one row, or label series (column image)"
+            )
+        rows[row["patient"]] = row
+    if task not in ("auto", "classification"):
+        raise DataError(
+            f"{source}: a table of patients holds classes, but task.kind={task}. Set task.kind=classification"
+        )
+    root = folder.resolve()
+    found = [s for s in series_under(root, progress) if s.patient in rows]
+    if not found:
+        raise DataError(
+            f"{table}: none of its {len(rows)} patients is a PatientID in {folder}. Correct the column 'patient'"
+        )
+    from medray.data.layouts.base import by_name, split_of
+
+    labels = {patient: whole_number(row["label"]) for patient, row in rows.items()}
+    classes = by_name([labels[s.patient] for s in found if labels[s.patient]])
+    ids = unique_ids((s.folder.name, s.reference(root)) for s in found)
+    cases = [
+        Case(
+            id=ids[k],
+            images=(s.reference(root),),
+            label=classes.index(labels[s.patient]) if labels[s.patient] else None,
+            patient=s.patient,
+            site=rows[s.patient].get("site") or None,
+            split=split_of(rows[s.patient].get("split", "")),
+        )
+        for k, s in enumerate(found)
+    ]
+    return Draft(root=root, task="classification", classes=classes, cases=cases)

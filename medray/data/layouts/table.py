@@ -1,0 +1,312 @@
+"""A table: CSV, TSV or Parquet with a row per case.
+
+Columns: ``image`` (or ``image_*``, a file per channel), and ``label``, or several 0/1 columns ``label_*``, or ``mask``;
+optional ``id``, ``valid``, ``patient``, ``site``, ``split``. All other columns are clinical ones. Several findings of
+one image stand in ``label`` as ``a|b``. Paths are relative to the table; an ending or a folder ``images/`` may be left out.
+
+Columns of other names are named behind the path: ``cases.csv?image=image_id&label=dx&patient=lesion_id``.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from medray.data.layouts.base import (
+    SUFFIXES,
+    Draft,
+    by_name,
+    named_classes,
+    relative,
+    split_of,
+    stem_of,
+    unique_ids,
+)
+from medray.data.manifest import Case, Split
+from medray.errors import DataError, MissingDependencyError
+
+TABLES = (".csv", ".tsv", ".parquet")
+_KNOWN = ("id", "image", "mask", "valid", "label", "patient", "site", "split")
+_FOLDERS = {"image": ("", "images", "image"), "mask": ("", "masks", "labels", "mask"), "valid": ("", "valid", "fov")}
+
+Row = dict[str, str]
+
+
+def is_table(path: Path) -> bool:
+    """Whether the path ends as a table does."""
+    return path.suffix.lower() in TABLES
+
+
+def find_table(folder: Path) -> Path | None:
+    """The one table of a folder that describes its cases: it has an ``image``, or ``patient`` and ``label`` columns.
+
+    Raises:
+        DataError: there are several.
+    """
+    tables = [p for p in sorted(folder.iterdir()) if p.is_file() and is_table(p)]
+    fitting = [p for p in tables if _describes(p)]
+    if len(fitting) > 1:
+        raise DataError(f"{folder}: {', '.join(p.name for p in fitting)} all list images. Give one of them as data=")
+    return fitting[0] if fitting else None
+
+
+def _describes(path: Path) -> bool:
+    try:
+        names = set(columns(path))
+    except DataError:
+        return False
+    target = bool(names & {"label", "mask"}) or any(n.startswith("label_") for n in names)
+    return target and ("image" in names or any(n.startswith("image_") for n in names))
+
+
+def columns(path: Path) -> list[str]:
+    """The names of a table's columns."""
+    if path.suffix.lower() == ".parquet":
+        return [str(n) for n in _parquet(path).schema_arrow.names]
+    with _opened(path) as stream:
+        return next(_csv_rows(stream, path), [])
+
+
+def read_table(path: Path, naming: dict[str, str] | None = None) -> list[Row]:
+    """The rows, as text by column name; ``naming`` renames columns (known name to the file's own).
+
+    Raises:
+        DataError: the file can't be read, has rows of another length, or lacks a column that ``naming`` names.
+    """
+    if path.suffix.lower() == ".parquet":
+        rows = [{str(k): _text(v) for k, v in row.items()} for row in _parquet(path).read().to_pylist()]
+        names = columns(path)
+    else:
+        with _opened(path) as stream:
+            lines = _csv_rows(stream, path)
+            names = next(lines, [])
+            rows = []
+            for number, line in enumerate(lines, 2):
+                if not any(cell.strip() for cell in line):
+                    continue
+                if len(line) != len(names):
+                    raise DataError(
+                        f"{path}: line {number} has {len(line)} cells, the header {len(names)}. Quote cells with commas"
+                    )
+                rows.append({name: cell.strip() for name, cell in zip(names, line, strict=True)})
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: column {twice[0]!r} stands twice. Rename one")
+    for known, own in (naming or {}).items():
+        if own not in names:
+            raise DataError(f"{path}: no column {own!r}{_nearest(own, names)}. It has: {', '.join(names)}")
+        for row in rows:
+            row[known] = row[own] if known in names and known != own else row.pop(own, row.get(known, ""))
+    return rows
+
+
+def split_query(source: str) -> tuple[str, dict[str, str]]:
+    """``cases.csv?image=file&label=dx`` to the path and its column names.
+
+    Raises:
+        DataError: a name that no column has a meaning for.
+    """
+    if "?" not in source or Path(source).exists():
+        return source, {}
+    path, _, query = source.partition("?")
+    naming = dict(parse_qsl(query, keep_blank_values=True))
+    for known in naming:
+        if known not in _KNOWN:
+            raise DataError(
+                f"{source}: {known!r} is no column with a meaning{_nearest(known, _KNOWN)}. Use {', '.join(_KNOWN)}"
+            )
+    return path, naming
+
+
+def _nearest(word: str, words: Any) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}. Give a table that can be read") from None
+
+
+def _csv_rows(stream: Any, path: Path) -> Any:
+    try:
+        head = stream.readline()
+        stream.seek(0)
+        counts = {mark: head.count(mark) for mark in ",;\t"}
+        mark = max(counts, key=lambda m: counts[m])
+        for number, line in enumerate(csv.reader(stream, delimiter=mark, strict=True)):
+            yield [cell.strip() for cell in line] if number == 0 else line
+    except (csv.Error, UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"{path}: no table in UTF-8 ({error}). Save it as CSV, UTF-8") from None
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise MissingDependencyError(f"{path}: Parquet needs pyarrow. Install it with: pip install pyarrow") from None
+    try:
+        return ParquetFile(path)
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{path}: no Parquet file ({error})") from None
+
+
+def whole_number(text: str) -> str:
+    """``1.0``, as other programs write the integers of a column with gaps, to ``1``; anything else as it is."""
+    head, dot, tail = text.partition(".")
+    return head if dot and head.lstrip("-").isdigit() and tail.strip("0") == "" else text
+
+
+def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> Draft:
+    """The cases of a table.
+
+    Raises:
+        DataError: no rows, no column for the image or the target, a split, label or 0/1 value that is none.
+    """
+    rows = read_table(path, naming)
+    if not rows:
+        raise DataError(f"{path}: no rows. Write one per case")
+    names = list(rows[0])
+    pictures = ["image"] if "image" in names else [n for n in names if n.startswith("image_")]
+    if not pictures:
+        hint = f"{path}?image=COLUMN&label=COLUMN"
+        raise DataError(
+            f"{path}: no column 'image'. It has: {', '.join(names)}. Name the columns in the file, or as {hint}"
+        )
+    flags = [n for n in names if n.startswith("label_")]
+    kind = _kind(path, names, flags, rows, task)
+    classes = named_classes(path.parent)
+    used = {*pictures, "id", "valid", "patient", "site", "split"}
+    if kind == "segmentation":
+        used |= {"mask"}
+        labels: list[Any] = [None] * len(rows)
+    elif flags:
+        used |= {*flags, "label"}
+        classes = tuple(n.removeprefix("label_") for n in flags)
+        labels = [_flags(path, number, row, flags) for number, row in enumerate(rows, 2)]
+    else:
+        used |= {"label", "mask"}
+        labels, classes = _labels(path, [whole_number(row["label"]) for row in rows], kind == "multilabel", classes)
+
+    root = path.parent.resolve()
+    splits = _splits(path, rows)
+    images = [tuple(_locate(root, row[c], "image") for c in pictures if row[c]) for row in rows]
+    for number, found in enumerate(images, 2):
+        if not found:
+            raise DataError(f"{path}: row {number} names no image. Fill in {pictures[0]!r}, or delete the row")
+    ids = unique_ids(
+        (row.get("id") or stem_of(Path(found[0])), found[0]) for row, found in zip(rows, images, strict=True)
+    )
+    cases = [
+        Case(
+            id=ids[k],
+            images=images[k],
+            label=labels[k],
+            mask=_locate(root, row["mask"], "mask") if kind == "segmentation" and row["mask"] else None,
+            valid=_locate(root, row["valid"], "valid") if row.get("valid") else None,
+            patient=row.get("patient", ""),
+            site=row.get("site") or None,
+            split=splits[k],
+            columns={name: _clinical(row[name]) for name in names if name not in used},
+        )
+        for k, row in enumerate(rows)
+    ]
+    return Draft(root=root, task=kind, classes=classes, cases=cases)
+
+
+def _kind(path: Path, names: list[str], flags: list[str], rows: list[Row], task: str) -> Any:
+    several = bool(flags) or any("|" in row.get("label", "") for row in rows)
+    possible = []
+    if "mask" in names and any(row["mask"] for row in rows):
+        possible.append("segmentation")
+    if several:
+        possible.append("multilabel")
+    elif "label" in names and any(row["label"] for row in rows):
+        possible += ["classification", "multilabel"]
+    if not possible:
+        raise DataError(f"{path}: no column 'mask', 'label' or 'label_*' with values. It has: {', '.join(names)}")
+    if task == "auto":
+        return possible[0]
+    if task not in possible:
+        raise DataError(
+            f"{path}: its columns allow {' or '.join(possible)}, but task.kind={task}. Set task.kind or add the column"
+        )
+    return task
+
+
+def _labels(
+    path: Path, values: list[str], several: bool, classes: tuple[str, ...] | None
+) -> tuple[list[Any], tuple[str, ...]]:
+    parts = [
+        [p.strip() for p in value.split("|") if p.strip()] if several else [value] * bool(value) for value in values
+    ]
+    found = by_name([p for ps in parts for p in ps])
+    names = classes or found
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise DataError(
+            f"{path}: label {unknown[0]!r} is not in classes.json ({', '.join(names)}). Correct one of them"
+        )
+    index = {name: k for k, name in enumerate(names)}
+    if several:
+        return [tuple(int(name in ps) for name in names) for ps in parts], names
+    return [index[ps[0]] if ps else None for ps in parts], names
+
+
+def _flags(path: Path, number: int, row: Row, flags: list[str]) -> tuple[int, ...]:
+    values = {"0": 0, "1": 1, "false": 0, "true": 1}
+    for name in flags:
+        if whole_number(row[name]).lower() not in values:
+            raise DataError(f"{path}: row {number}: {name}={row[name]!r} must be 0 or 1. Fill it in, or delete the row")
+    return tuple(values[whole_number(row[name]).lower()] for name in flags)
+
+
+def _splits(path: Path, rows: list[Row]) -> list[Split | None]:
+    given = [row.get("split", "") for row in rows]
+    if not any(given):
+        return [None] * len(rows)
+    for number, value in enumerate(given, 2):
+        if split_of(value) is None:
+            raise DataError(
+                f"{path}: row {number}: split={value!r} must be train, val or test. Fill in all rows, or none"
+            )
+    return [split_of(value) for value in given]
+
+
+def _locate(root: Path, value: str, kind: str) -> str:
+    """The reference of a cell: as written where that exists or nothing does, else with the usual folder or ending."""
+    if "://" in value or ".npz#" in value:
+        return value
+    base = Path(value)
+    for folder in _FOLDERS[kind]:
+        at = base if base.is_absolute() else root / folder / base
+        if at.exists():
+            return relative(at, root)
+        for suffix in () if base.suffix else SUFFIXES:
+            if at.with_name(at.name + suffix).exists():
+                return relative(at.with_name(at.name + suffix), root)
+    return value
+
+
+def _clinical(text: str) -> str | float | None:
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
