@@ -34,10 +34,13 @@ _NOISE = 0.25
 _BLUR = (0.4, 1.0)  # sigma in pixels
 _LOW_RESOLUTION = 1.0  # pixels up to 1 + 1.0 times as large
 _BIAS = 0.3  # Legendre coefficients of the field's logarithm
-_GHOST = 0.6  # of the modulated lines' signal is lost
-_RINGING = 0.5  # MONAI's alpha: the share of k-space that is cut off
+_GHOST = 0.4  # of the modulated lines' signal is lost
+_RINGING = (0.3, 0.7)  # MONAI's alpha: how much of k-space is cut off
+_SPIKE = (0.1, 0.5)  # amplitude of the stripes
+_HISTOGRAM = (0.2, 0.7)  # how far towards the random curve
 _OWN_CHANNEL = 0.25  # of brightness and contrast, the share that each channel draws for itself
 _LATTICE = 5  # B-spline intervals along each axis
+_MARGIN = 0.125  # of a patch on each side: what a turn by 7 degrees about each axis needs
 
 
 class Augment:
@@ -73,26 +76,53 @@ class Augment:
         ]  # in the order in which a scanner would do it: field and contrast, optics, sampling, noise last
         self._steps = [(p, step) for p, step in steps if p > 0]
 
+    def field(self, patch: Sequence[int]) -> tuple[int, ...]:
+        """The shape to read so that a patch, turned and scaled, seldom looks beyond it."""
+        config = self.config
+        if config.strength == 0 or not (config.p_affine or config.p_elastic):
+            return tuple(patch)
+        return tuple(n + 2 * math.ceil(n * _MARGIN) for n in patch)
+
     def __call__(
-        self, images: Tensor, masks: Tensor | None, generator: torch.Generator
+        self,
+        images: Tensor,
+        masks: Tensor | None,
+        generator: torch.Generator,
+        *,
+        size: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Transform a batch on the CPU; the arguments are left as they are.
 
+        Args:
+            images: (B, C, *s).
+            masks: (B, *s), or None.
+            generator: decides everything that is random.
+            size: of the answer, centred in what is given and at most as large (see :meth:`field`); None for all of it.
+
         Returns:
-            images and masks of the same shapes and types; masks by nearest neighbours, IGNORE out of the field of view.
+            images (B, C, *size), masks (B, *size) by nearest neighbours with IGNORE out of the field of view.
         """
         config = self.config
+        size = tuple(images.shape[2:] if size is None else size)
         if config.strength == 0:
-            return images, masks
-        images = images.clone()
-        masks = None if masks is None else masks.clone()
+            return _centre(images, size), None if masks is None else _centre(masks, size)
+        affine = torch.rand(len(images), generator=generator) < config.p_affine
+        elastic = torch.rand(len(images), generator=generator) < config.p_elastic
+        rows = (affine | elastic).nonzero().flatten()
+        whole, whole_masks = images, masks
+        images = _centre(whole, size).clone()
+        masks = None if whole_masks is None else _centre(whole_masks, size).clone()
+        if len(rows):
+            grid = self._grid(affine[rows], elastic[rows], whole.shape[2:], size, generator)
+            images[rows] = F.grid_sample(whole[rows], grid, padding_mode="border", align_corners=False)
+            if masks is not None and whole_masks is not None:
+                masks[rows] = _labels_at(whole_masks[rows], grid)
         for axis in config.flip_axes:
             rows = self._draw(config.p_flip, len(images), generator)
             if len(rows):
                 images[rows] = images[rows].flip(axis + 2)
                 if masks is not None:
                     masks[rows] = masks[rows].flip(axis + 1)
-        self._deform(images, masks, generator)
         for p, step in self._steps:
             rows = self._draw(p, len(images), generator)
             if len(rows):
@@ -110,26 +140,18 @@ class Augment:
 
     # geometry
 
-    def _deform(self, images: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
-        """Resample, in place, the samples that are drawn for an affine or elastic transform."""
-        config, size = self.config, images.shape[2:]
-        affine = torch.rand(len(images), generator=generator) < config.p_affine
-        elastic = torch.rand(len(images), generator=generator) < config.p_elastic
-        rows = (affine | elastic).nonzero().flatten()
-        if not len(rows):
-            return
-        theta = torch.eye(self.ndim, self.ndim + 1).repeat(len(rows), 1, 1)
-        moved = affine[rows]
+    def _grid(
+        self, moved: Tensor, bent: Tensor, field: Sequence[int], size: Sequence[int], generator: torch.Generator
+    ) -> Tensor:
+        """Where each output pixel looks: (b, *size, ndim) in the field's -1..1, last axis first."""
+        theta = torch.eye(self.ndim, self.ndim + 1).repeat(len(moved), 1, 1)
         theta[moved] = self._matrices(int(moved.sum()), size, generator)
-        grid = F.affine_grid(theta, [len(rows), 1, *size], align_corners=False)
-        bent = elastic[rows]
+        grid = F.affine_grid(theta, [len(moved), 1, *size], align_corners=False)
         if bent.any():
             grid[bent] += self._displacements(int(bent.sum()), size, generator)
-        images[rows] = F.grid_sample(images[rows], grid, mode="bilinear", padding_mode="border", align_corners=False)
-        if masks is not None:
-            labels = F.grid_sample(masks[rows, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
-            labels[(grid.abs() > 1).any(dim=-1)] = IGNORE
-            masks[rows] = labels.to(masks.dtype)
+        if tuple(field) != tuple(size):
+            grid *= torch.tensor([m / n for n, m in zip(field, size, strict=True)]).flip(0)
+        return grid
 
     def _matrices(self, count: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
         """(count, ndim, ndim + 1): from output to input, in ``affine_grid``'s coordinates (-1..1, last axis first)."""
@@ -146,7 +168,7 @@ class Augment:
         for a, b in planes:
             shear[:, a, b] = (self._symmetric(generator, count) * math.radians(config.shear_deg)).tan()
         low, high = (math.log(bound) * strength for bound in config.scale)
-        scale = (low + (high - low) * torch.rand(count, generator=generator)).exp()
+        scale = _between(low, high, count, generator).exp()
         matrix = matrix @ shear / scale[:, None, None]  # the map goes from output to input: to magnify, divide
         # from millimetres to voxels to -1..1 along each axis
         half = torch.tensor([n / 2 for n in size])
@@ -160,7 +182,7 @@ class Augment:
         knots = _LATTICE + 3
         most = 0.4 * 2 / _LATTICE  # 0.4 lattice spacings, of a field that is 2 wide
         field = self._symmetric(generator, count, self.ndim, *[knots] * self.ndim) * most
-        field *= 0.25 + 0.75 * torch.rand(count, *[1] * (self.ndim + 1), generator=generator)
+        field *= _between(0.25, 1, count, generator).reshape(-1, *[1] * (self.ndim + 1))
         for axis, n in enumerate(size):
             field = torch.tensordot(field, _spline_basis(n), dims=([2], [1]))  # each round moves its axis to the end
             assert field.shape[-1] == n, axis
@@ -206,8 +228,7 @@ class Augment:
 
     def _blur(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Gaussian, separable, as a weighted sum of shifted copies: every sample has a sigma of its own."""
-        low, high = _BLUR
-        sigma = self.config.strength * (low + (high - low) * torch.rand(len(images), generator=generator))
+        sigma = self.config.strength * _between(*_BLUR, len(images), generator)
         taps = torch.arange(4) / sigma.clamp_min(1e-3)[:, None]
         kernel = (-0.5 * taps**2).exp()
         kernel /= kernel[:, :1] + 2 * kernel[:, 1:].sum(dim=1, keepdim=True)
@@ -249,7 +270,7 @@ class Augment:
             if kind < 0.5:
                 from monai.transforms import RandGibbsNoise
 
-                ringing = RandGibbsNoise(prob=1.0, alpha=(0.0, _RINGING * strength))
+                ringing = RandGibbsNoise(prob=1.0, alpha=(_RINGING[0] * strength, _RINGING[1] * strength))
                 image.copy_(_plain(ringing.set_random_state(seed)(image)))
                 continue
             axis = 1 + int(which * self.ndim)
@@ -262,11 +283,15 @@ class Augment:
         return images
 
     def _spike(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Stripes: one point of k-space, far brighter than it should be."""
         from monai.transforms import RandKSpaceSpikeNoise
 
-        for image, seed in zip(images, _seeds(len(images), generator), strict=True):
-            spiked = _plain(RandKSpaceSpikeNoise(prob=1.0).set_random_state(seed)(image))
-            image.lerp_(spiked, self.config.strength)
+        # MONAI's own range goes by the mean of log k-space, in which a spike that can be seen is unlikely to lie
+        unit = (self._moments(images)[1].flatten(1) * images[0, 0].numel()).clamp_min(1e-6).log()  # (b, C)
+        low, high = (math.log(amplitude) for amplitude in _SPIKE)
+        for image, logs, seed in zip(images, unit.tolist(), _seeds(len(images), generator), strict=True):
+            spike = RandKSpaceSpikeNoise(prob=1.0, intensity_range=[(at + low, at + high) for at in logs])
+            image.lerp_(_plain(spike.set_random_state(seed)(image)), self.config.strength)
         return images
 
     def _histogram_shift(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -274,11 +299,12 @@ class Augment:
         from monai.transforms import RandHistogramShift
 
         low, high = self._range(images)
-        alike = (high <= low).flatten(1).all(dim=1).tolist()
-        for image, seed, constant in zip(images, _seeds(len(images), generator), alike, strict=True):
-            if not constant:
-                shifted = _plain(RandHistogramShift(num_control_points=(4, 8), prob=1.0).set_random_state(seed)(image))
-                image.lerp_(shifted, self.config.strength)
+        width = (high - low).flatten(1).amax(dim=1).tolist()
+        reach = self.config.strength * _between(*_HISTOGRAM, len(images), generator)
+        for image, seed, spread, part in zip(images, _seeds(len(images), generator), width, reach, strict=True):
+            if spread > 0:  # MONAI warns of a constant image
+                curve = RandHistogramShift(num_control_points=(4, 8), prob=1.0).set_random_state(seed)
+                image.lerp_(_plain(curve(image)), part)
         return images
 
     def _bias_field(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -294,6 +320,24 @@ class Augment:
             field = F.interpolate(field[None], size=list(image.shape[1:]), mode=mode, align_corners=True)[0]
             image.sub_(least).mul_(field).add_(least)
         return images
+
+
+def _centre(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    """The middle of the last axes."""
+    for axis, n in enumerate(size, start=tensor.ndim - len(size)):
+        tensor = tensor.narrow(axis, (tensor.shape[axis] - n) // 2, n)
+    return tensor
+
+
+def _between(low: float, high: float, count: int, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _labels_at(masks: Tensor, grid: Tensor) -> Tensor:
+    """Labels (b, *size) of masks (b, *s) by nearest neighbours; IGNORE out of the field."""
+    labels = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
+    labels[(grid.abs() > 1).any(dim=-1)] = IGNORE
+    return labels.to(masks.dtype)
 
 
 def _seeds(count: int, generator: torch.Generator) -> list[int]:

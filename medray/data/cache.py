@@ -166,26 +166,27 @@ def _digest(manifest: Manifest, config: PreprocessConfig) -> str:
     head = [_VERSION, config.model_dump(mode="json"), manifest.task, manifest.ndim, manifest.channels, manifest.classes]
     digest = hashlib.sha256(json.dumps(head).encode())
     root = Path(manifest.root)
-    seen: dict[str, str] = {}
+    seen: dict[Path, str] = {}
     for case in manifest.cases:
         for reference in (*case.images, case.mask or "", case.valid or ""):
-            file = reference.partition("#")[0]
-            if file not in seen:
-                seen[file] = _stamp(root, file)
-            digest.update(f"{reference}\0{seen[file]}\n".encode())
+            digest.update(f"{reference}\0{_stamp(root, reference, seen)}\n".encode())
     return digest.hexdigest()
 
 
-def _stamp(root: Path, file: str) -> str:
-    """Size and modification time of a file, or of every file of a DICOM series."""
-    if not file or file.startswith("phantom://"):
+def _stamp(root: Path, reference: str, seen: dict[Path, str]) -> str:
+    """Size and modification time of the file behind a reference, or of every file of a directory; "" for phantoms."""
+    if not reference or reference.startswith("phantom://"):
         return ""
-    path = root / file
+    path = root / reference
     try:
-        parts = sorted(path.iterdir()) if path.is_dir() else [path]
-        return ";".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in parts for s in [p.stat()])
+        if "#" in reference and not path.exists():  # an item of an archive: thousands of them share one file
+            path = root / reference.rpartition("#")[0]
+        if path not in seen:
+            parts = sorted(path.iterdir()) if path.is_dir() else [path]
+            seen[path] = ";".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in parts for s in [p.stat()])
     except OSError as error:
         raise UnreadableError(path, error.strerror or str(error)) from None
+    return seen[path]
 
 
 def _is_whole(path: Path, digest: str) -> bool:

@@ -1,8 +1,8 @@
 """TrainLoader: whole optimiser batches of prepared, augmented samples.
 
 An epoch is a pass over the cases (``train.samples_per_case`` patches of each), its last batch filled up with cases
-drawn anew, so that every step sees ``train.batch_size`` samples. Everything random depends on (seed, epoch, batch) alone: a
-resumed run, and any number of worker processes, see the same batches.
+drawn anew, so that every step sees ``train.batch_size`` samples. Everything random depends on (seed, epoch, batch)
+alone: a resumed run, and any number of worker processes, see the same batches.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class _Batches(Dataset[Batch]):
         self.lane = 0
         self.patch = self._patch_size()
         self.augment = Augment(experiment.augment, ndim=store.ndim, spacing=experiment.preprocess.spacing)
+        self.field = self._field()
         self.targets = None if kind == "segmentation" else self._targets()
         self.strata = self._strata() if train.balanced and self.targets is not None else None
         if kind == "segmentation":
@@ -175,6 +176,12 @@ class _Batches(Dataset[Batch]):
                 f"{sorted(shapes)[-1]}, and can't be stacked. Set train.patch_size, or preprocess.size (classification)"
             )
         return shapes.pop()
+
+    def _field(self) -> tuple[int, ...]:
+        """What is read of each image: the patch and, where images are larger, what a turned patch may see of it."""
+        largest = np.max([self.store.shape(int(i)) for i in self.cases], axis=0)
+        wide = self.augment.field(self.patch)
+        return tuple(w if n > p else p for w, p, n in zip(wide, self.patch, largest.tolist(), strict=True))
 
     def _targets(self) -> Tensor:
         labels = [self.store.label(int(i)) for i in self.cases]
@@ -211,11 +218,12 @@ class _Batches(Dataset[Batch]):
         drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
         rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
-        images = torch.empty(len(drawn), self.store.channels, *self.patch)
-        masks = torch.empty(len(drawn), *self.patch) if self.kind == "segmentation" else None
+        images = torch.zeros(len(drawn), self.store.channels, *self.field)
+        masks = torch.full((len(drawn), *self.field), float(IGNORE)) if self.kind == "segmentation" else None
         for row, position in enumerate(drawn):
-            self._read(int(self.cases[position]), number * size + int(self.rows[row]), rng, images[row], masks, row)
-        images, masks = self.augment(images, masks, generator)
+            mask = None if masks is None else masks[row].numpy()
+            self._read(int(self.cases[position]), number * size + int(self.rows[row]), rng, images[row].numpy(), mask)
+        images, masks = self.augment(images, masks, generator, size=self.patch)
         if masks is not None:
             target = masks.to(torch.int64)
         else:
@@ -241,41 +249,46 @@ class _Batches(Dataset[Batch]):
         return rng.permuted(rounds, axis=1).reshape(-1)[:need]
 
     def _read(
-        self, i: int, position: int, rng: np.random.Generator, image: Tensor, masks: Tensor | None, row: int
+        self,
+        i: int,
+        position: int,
+        rng: np.random.Generator,
+        image: npt.NDArray[np.float32],
+        mask: npt.NDArray[np.float32] | None,
     ) -> None:
-        """Copy one patch from the file into ``image`` (C, *patch) and ``masks[row]``, padding where it juts out."""
+        """Copy one patch, and the field around it, into ``image`` (C, *field) and ``mask`` (*field).
+
+        What juts out of the image stays as it is: 0, the mean of a normalised image, and IGNORE.
+        """
         shape = self.store.shape(i)
-        start = self._place(i, shape, position, rng)
-        inside, pads, slots = [], [], []
-        for n, size, first in zip(shape, self.patch, start, strict=True):
-            low, high = max(first, 0), min(first + size, n)
+        inside, slots = [], []
+        for n, patch, field, first in zip(
+            shape, self.patch, self.field, self._place(i, shape, position, rng), strict=True
+        ):
+            start = first - (field - patch) // 2
+            low, high = max(start, 0), min(start + field, n)
             inside.append(slice(low, high))
-            slots.append(slice(low - first, high - first))
-            pads.append((low - first, first + size - high))
-        pixels = np.asarray(self.store.image(i)[(slice(None), *inside)])
-        if any(before or after for before, after in pads):
-            pixels = np.pad(pixels, ((0, 0), *pads), mode="edge")
-        image.numpy()[...] = pixels
-        if masks is not None:
+            slots.append(slice(low - start, high - start))
+        image[(slice(None), *slots)] = self.store.image(i)[(slice(None), *inside)]
+        if mask is not None:
             labels = self.store.mask(i)
             assert labels is not None
-            target = masks[row].fill_(IGNORE).numpy()
-            target[tuple(slots)] = labels[tuple(inside)]
+            mask[tuple(slots)] = labels[tuple(inside)]
 
     def _place(self, i: int, shape: tuple[int, ...], position: int, rng: np.random.Generator) -> list[int]:
-        """Where a patch starts, per axis; centred on the image along axes that are shorter than it."""
+        """Where a patch starts, per axis; it is centred on the image along axes that are shorter than it."""
         share = self.train.foreground if self.kind == "segmentation" else 0.0
         centre = None
         if int((position + 1) * share) > int(position * share):  # every 1/share-th sample, rather than by chance
             classes = self.store.foreground_classes(i)
             if len(classes):
-                present = np.unique(classes)
-                first, last = np.searchsorted(classes, [k := rng.choice(present), int(k) + 1])
+                drawn = int(rng.choice(np.unique(classes)))
+                first, last = np.searchsorted(classes, [drawn, drawn + 1])
                 centre = self.store.foreground(i)[rng.integers(first, last)]
         start = []
         for axis, (n, size) in enumerate(zip(shape, self.patch, strict=True)):
             if n <= size:
-                start.append((n - size) // 2)
+                start.append(-((size - n) // 2))
             elif centre is None:
                 start.append(int(rng.integers(n - size + 1)))
             else:

@@ -129,7 +129,7 @@ class Preprocessor:
             self._normalize(pixels, channel)
         array = resize_linear(array, geometry.resized)
         if any(after for _, after in geometry.pad):
-            array = np.pad(array, ((0, 0), *geometry.pad), mode="edge")
+            array = np.pad(array, ((0, 0), *geometry.pad))  # zeros: the mean of a normalised image
         return np.ascontiguousarray(array), geometry
 
     def geometry(self, image: Image) -> Geometry:
@@ -303,8 +303,11 @@ def resize_linear(array: Float, size: Sequence[int]) -> Float:
         if n == m:
             continue
         before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
-        flat = tensor.reshape(1, math.prod(before), n, math.prod(after))
-        flat = F.interpolate(flat, size=(m, flat.shape[3]), mode="bilinear", align_corners=False, antialias=m < n)
+        lines, width = math.prod(before), math.prod(after)
+        # torch 2.14 gives nonsense when it anti-aliases the height of an image of width 1: such an axis lies down
+        flat = tensor.reshape(1, lines, n, width) if width > 1 else tensor.reshape(1, lines, 1, n)
+        to = (m, width) if width > 1 else (1, m)
+        flat = F.interpolate(flat, size=to, mode="bilinear", align_corners=False, antialias=m < n)
         tensor = flat.reshape(*before, m, *after)
     return tensor.numpy()
 

@@ -3,8 +3,8 @@
 A group (:attr:`Case.group`, the patient) is never torn apart. Groups are dealt out greedily, the rarest and largest
 first, each to the part whose chi-square distance to its share of every feature (cases, classes, sites) falls most.
 This is iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the stratification of multi-label data", ECML
-2011) with groups in place of samples. Ties are broken by a hash of (seed, group), so that neither the order of the cases
-nor a library's random numbers decide.
+2011) with groups in place of samples. Ties are broken by a hash of (seed, group), so that neither the order of the
+cases nor a library's random numbers decide.
 """
 
 from __future__ import annotations
