@@ -159,7 +159,7 @@ def render(folder: Path = RESULTS) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "`python -m benchmarks NAME` answers one question; with `--quick` by the same path in a minute; `make bench`: all.",
+        "`python -m benchmarks NAME` answers one question (with `--quick` in a minute); `make bench`: all.",
         "This page is made by `python -m benchmarks report` from `results/*.json`: no figure is typed by hand.",
         "Intervals are 95 %.",
         "",

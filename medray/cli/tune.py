@@ -1,0 +1,45 @@
+"""``medray tune``: a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medray.cli.arguments import split_arguments
+from medray.cli.live import LiveView
+from medray.cli.show import say
+from medray.errors import ConfigError
+
+
+def tune(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SPACE] [OVERRIDES]...",
+            help="search_spaces/seg.yaml, then fields such as data=scans/ study.budget=1h",
+        ),
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the study in this folder, such as runs/seg.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Run on this Ray cluster (auto, HOST:PORT, ray://HOST:PORT).")
+    ] = None,
+) -> None:
+    """Search, fit the champion, report and bundle, within the budget.
+
+    Example: medray tune search_spaces/seg.yaml data=scans/ study.budget=1h
+    """
+    path, overrides = split_arguments(arguments or [])
+    if path is None and resume is None:
+        raise ConfigError("tune needs a search space, such as search_spaces/seg.yaml, or --resume runs/NAME")
+    if resume is not None and not resume.is_dir():
+        raise ConfigError(f"--resume {resume}: no such folder; it is a study's own, such as runs/seg")
+    from medray.workflows.study import tune as run_study
+
+    with LiveView(f"study {resume.name if resume else path.stem if path else ''}") as view:
+        result = run_study(path, overrides, resume=resume, address=address, observer=view)
+    say()
+    say(result.headline)
+    say(f"report: {result.directory / 'report.html'}")
+    say(f"bundle: {result.directory / 'bundle'}")
