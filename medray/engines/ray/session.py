@@ -1,0 +1,155 @@
+"""Ray itself: a quiet session of our own on this machine's loopback, or a cluster that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medray.errors import StudyError
+
+_OBJECT_STORE_BYTES = 200 * 2**20  # payloads are small: images go through the memory-mapped cache, not through Ray
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing phones home
+    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints at every verbosity
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_THRESHOLD_S": "5",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySession:
+    """A connected Ray.
+
+    Args:
+        cpus: of the whole session or cluster.
+        gpus: likewise.
+        is_local: this process started it, and ends it.
+    """
+
+    cpus: float
+    gpus: float
+    is_local: bool
+
+    def warm(self, modules: Sequence[str], *, workers: int) -> None:
+        """Have ``workers`` idle worker processes import ``modules`` now, while the caller does something else.
+
+        Actors are started in such processes: importing torch there takes seconds that a first trial need not wait for.
+        """
+        import ray
+
+        task = ray.remote(num_cpus=1, max_retries=0)(_import_all)
+        for _ in range(max(0, min(workers, int(self.cpus)))):
+            task.remote(tuple(modules))
+
+
+@contextlib.contextmanager
+def ray_session(
+    *, address: str | None = None, cpus: int | None = None, gpus: int | None = None, threads: int = 1
+) -> Iterator[RaySession]:
+    """Start Ray on this machine, or connect to a cluster; leave as it was found.
+
+    A session that the process already has is used as it is, and left running.
+
+    Args:
+        address: ``host:port`` of a cluster's head, or ``auto``; None starts a session on loopback, closed at the end.
+        cpus: of the local session; None: all that this process may use.
+        gpus: likewise; None: all that are visible.
+        threads: that numeric libraries in a worker may use (one trial's CPUs).
+
+    Raises:
+        StudyError: the cluster can't be reached, asks for a token, or runs another version of Ray.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield _describe(is_local=False)
+        return
+    numeric = dict.fromkeys(_THREAD_VARIABLES, str(max(1, threads)))
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        # Workers inherit the environment of the processes started here: no runtime_env is needed, which costs seconds.
+        with _environment(_QUIET | numeric):
+            ray.init(
+                address="local",
+                num_cpus=cpus if cpus is not None else usable_cpus(),
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",  # images' surroundings: nothing listens outside this machine
+                **common,
+            )
+    else:
+        with _environment(_QUIET):
+            _connect(address, common | {"runtime_env": {"env_vars": numeric | {"RAY_CHDIR_TO_TRIAL_DIR": "0"}}})
+    try:
+        yield _describe(is_local=address is None)
+    finally:
+        ray.shutdown()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on (its affinity, as containers and schedulers set it)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def quiet_environment() -> Iterator[None]:
+    """The environment in which Ray's libraries print nothing of their own and leave signals to us."""
+    with _environment(_QUIET):
+        yield
+
+
+def _connect(address: str, options: Mapping[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:
+        if "auth" in str(error).lower() or "token" in str(error).lower():
+            raise StudyError(
+                f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+                f"RAY_AUTH_TOKEN_PATH) to the cluster's own, the same on all nodes. Ray said: {error}"
+            ) from error
+        raise StudyError(
+            f"no Ray cluster could be joined at {address}: {error}\nGive the head's host:port (its GCS port, 6379 "
+            f"unless changed), with the same versions of Python and Ray ({ray.__version__}) as here"
+        ) from error
+
+
+def _describe(*, is_local: bool) -> RaySession:
+    import ray
+
+    resources = ray.cluster_resources()
+    return RaySession(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), is_local=is_local)
+
+
+def _import_all(modules: tuple[str, ...]) -> None:
+    for name in modules:
+        importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for a while; what the user has set himself wins, thread counts excepted."""
+    changed = {key: value for key, value in values.items() if key not in os.environ or key in _THREAD_VARIABLES}
+    before = {key: os.environ.get(key) for key in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

@@ -1,0 +1,127 @@
+"""How a study's wall clock is spent: start-up, search, final fit, report. All times in seconds of wall clock."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from medray.search.pruning import MEDIAN_TRIALS, REDUCTION, RUNGS
+
+SHORTEST_TRIAL = 20.0
+"""A trial shorter than this says little: start-up and first validations fill it."""
+SMALLEST_SHARE = 0.05
+"""Of the search: more trials than 1/0.05 at once are cheaper by a larger budget than by shorter trials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A plan for what is left of a study's wall clock.
+
+    Args:
+        search: for the search, from now on.
+        trial: what one trial may train for.
+        trials: that are expected to begin in that time, early stops counted.
+        final: for fitting the champion.
+        finish: kept back for calibration, report and bundle.
+    """
+
+    search: float
+    trial: float
+    trials: int
+    final: float
+    finish: float
+
+
+def plan_budget(
+    total: float,
+    *,
+    trials: int,
+    search_share: float,
+    concurrency: int,
+    pruner: str,
+    spent: float = 0.0,
+    start_up: float = 0.0,
+    finish: float = 0.0,
+    overhead: float = 1.0,
+) -> Budget:
+    """Share out a wall-clock budget.
+
+    The search gets ``search_share`` of what start-up and finish leave. Each trial gets as long as the expected number of
+    them, with early stops, allows; there are fewer trials rather than ones shorter than 20 s and 5 % of the search.
+
+    Args:
+        total: the whole budget.
+        trials: wanted, at most.
+        search_share: 0..1; 0 leaves nothing for a search, and the default alone is fitted.
+        concurrency: trials at once.
+        pruner: ``asha``, ``median`` or ``none``.
+        spent: seconds of earlier processes of a resumed study, and of the stages before.
+        start_up: until the first trial begins (Ray, imports, preprocessing), as estimated or measured.
+        finish: of everything after the final fit.
+        overhead: per trial, beside its training (building the model, opening the cache).
+    """
+    usable = max(0.0, total - start_up - finish)
+    search_end = start_up + usable * search_share
+    search = max(0.0, search_end - max(spent, start_up))
+    final = max(0.0, total - finish - max(search_end, spent))
+    count, trial = _fit_trials(search, trials, max(1, concurrency), pruner, overhead)
+    return Budget(search=search, trial=trial, trials=count, final=final, finish=finish)
+
+
+def _fit_trials(search: float, wanted: int, concurrency: int, pruner: str, overhead: float) -> tuple[int, float]:
+    """The largest number of trials whose length stays sensible, and that length."""
+    shortest = max(SHORTEST_TRIAL, SMALLEST_SHARE * search)
+    for count in range(max(1, wanted), 0, -1):
+        # No trial begins that can't end: the last on each slot needs its full length, whatever becomes of it.
+        last = min(count, concurrency)
+        rounds = expected_cost(count - last, pruner) / concurrency + 1.0
+        length = search / rounds - overhead * count / concurrency / rounds
+        if length >= shortest:
+            return count, length
+    return (1, search) if search > 0 else (0, 0.0)
+
+
+def expected_cost(count: int, pruner: str) -> float:
+    """Full trainings that ``count`` trials cost on average if their order is random (the default runs in full)."""
+    if count <= 0:
+        return 0.0
+    if pruner == "none":
+        return float(count)
+    if pruner == "median":
+        # The better half of the others run on; the rest end at the first rung or soon after.
+        judged = max(0, count - MEDIAN_TRIALS)
+        return count - judged * 0.5 * (1.0 - 1.5 * RUNGS[0])
+    cost, at_first, at_second = 1.0, 1.0, 1.0
+    for _ in range(1, count):
+        at_first += 1
+        first = max(1.0, at_first // REDUCTION) / at_first
+        at_second += first
+        second = max(1.0, at_second // REDUCTION) / at_second
+        cost += RUNGS[0] + first * ((RUNGS[1] - RUNGS[0]) + second * (1.0 - RUNGS[1]))
+    return cost
+
+
+class Clock:
+    """A budget running down. Starts when made.
+
+    Args:
+        total: seconds of the whole.
+        spent: seconds of it that were spent before (a resumed study).
+    """
+
+    def __init__(self, total: float, *, spent: float = 0.0) -> None:
+        self.total = total
+        self._began = time.monotonic() - spent
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent."""
+        return time.monotonic() - self._began
+
+    def remaining(self, reserve: float = 0.0) -> float:
+        """Seconds left, ``reserve`` of them kept back; never below 0."""
+        return max(0.0, self.total - self.elapsed - reserve)
+
+    def deadline(self, reserve: float = 0.0) -> float:
+        """Epoch seconds at which only ``reserve`` seconds are left: comparable between processes."""
+        return time.time() + self.total - self.elapsed - reserve

@@ -1,0 +1,97 @@
+"""When to stop a trial early. Pure functions of what all trials have reported so far.
+
+A curve is a trial's reports, oldest first, as (fraction of its schedule, losses): losses are (M,), lower is better, one
+for each objective that can be known during training. With several objectives "among the best k" means: fewer than k
+trials lie on better non-dominated fronts. The default trial is never stopped; the driver sees to that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from medray.search.pareto import Floats, non_dominated_rank
+
+Curve = Sequence[tuple[float, tuple[float, ...]]]
+Curves = Mapping[int, Curve]
+Rule = Callable[[Curves, int], bool]
+
+REDUCTION = 3
+RUNGS = (1 / 9, 1 / 3)
+"""Fractions at which ASHA compares; the third rung is the end of the schedule."""
+MEDIAN_TRIALS = 4
+"""Other trials that must have come as far before the median rule speaks."""
+_TOLERANCE = 1e-9
+
+
+def asha(curves: Curves, number: int) -> bool:
+    """Whether to stop ``number``, which has just reported: asynchronous successive halving, stopping form.
+
+    At each rung the trial goes on only if it is among the best ``max(1, n // 3)`` of the n trials that have come that
+    far until now, itself included (Li et al. 2020, "A system for massively parallel hyperparameter tuning").
+    """
+    for rung in _crossed(curves[number]):
+        others = [losses for other in curves if other != number and (losses := _at(curves[other], rung)) is not None]
+        own = _at(curves[number], rung)
+        assert own is not None  # the trial has just crossed it
+        keep = max(1, (len(others) + 1) // REDUCTION)
+        if _better(own, others) >= keep:
+            return True
+    return False
+
+
+def median(curves: Curves, number: int) -> bool:
+    """Whether to stop ``number``, which has just reported: worse than the median of the others as far on as it.
+
+    Both sides count their best report so far (single objective) or their latest (several). Silent before the first
+    rung and until ``MEDIAN_TRIALS`` others have come as far (after Golovin et al. 2017, Google Vizier).
+    """
+    fraction = curves[number][-1][0]
+    if fraction < RUNGS[0] - _TOLERANCE:
+        return False
+    others = [
+        losses
+        for other, curve in curves.items()
+        if other != number and curve and curve[-1][0] >= fraction - _TOLERANCE
+        if (losses := _until(curve, fraction)) is not None
+    ]
+    own = _until(curves[number], fraction)
+    if len(others) < MEDIAN_TRIALS or own is None:
+        return False
+    return _better(own, others) > len(others) / 2
+
+
+def never(curves: Curves, number: int) -> bool:  # noqa: ARG001 (a rule's signature)
+    """No trial is stopped early."""
+    return False
+
+
+RULES: dict[str, Rule] = {"asha": asha, "median": median, "none": never}
+
+
+def _crossed(curve: Curve) -> list[float]:
+    """Rungs that the latest report is the first to reach."""
+    before = curve[-2][0] if len(curve) > 1 else -math.inf
+    return [rung for rung in RUNGS if before < rung - _TOLERANCE <= curve[-1][0]]
+
+
+def _at(curve: Curve, rung: float) -> tuple[float, ...] | None:
+    """Losses of the first report at or beyond the rung."""
+    return next((losses for fraction, losses in curve if fraction >= rung - _TOLERANCE), None)
+
+
+def _until(curve: Curve, fraction: float) -> tuple[float, ...] | None:
+    reached = [losses for at, losses in curve if at <= fraction + _TOLERANCE]
+    if not reached:
+        return None
+    return min(reached) if len(reached[-1]) == 1 else reached[-1]
+
+
+def _better(own: tuple[float, ...], others: Sequence[tuple[float, ...]]) -> int:
+    """How many of the others lie on a better front (for one objective: are strictly better)."""
+    points: Floats = np.asarray([own, *others], dtype=np.float64)
+    points = np.where(np.isnan(points), np.inf, points)
+    ranks = non_dominated_rank(points)
+    return int((ranks[1:] < ranks[0]).sum())

@@ -1,0 +1,89 @@
+"""The study's SQLite file: opened by one process at a time, safe to kill at any instant."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+from typing import IO
+
+import optuna
+from sqlalchemy.pool import QueuePool
+
+from medray.errors import StudyError
+
+DATABASE = "study.db"
+_LOCK = ".study.lock"
+
+
+class StudyFile:
+    """``study.db`` in a study's folder, on a local disk, held for this process alone.
+
+    Args:
+        directory: the study's folder.
+
+    Raises:
+        StudyError: another process runs the study, or the file is no study of Optuna's.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / DATABASE
+        self._lock = _acquire(directory / _LOCK)
+        try:
+            self.storage = self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open(self) -> optuna.storages.RDBStorage:
+        database = str(self.path.absolute())
+
+        def connect() -> sqlite3.Connection:
+            connection = sqlite3.connect(database, timeout=60.0, check_same_thread=False)
+            connection.execute("PRAGMA synchronous=FULL")  # a trial told is a trial kept, power cut or not
+            return connection
+
+        try:
+            with contextlib.closing(connect()) as connection:
+                # Readers (optuna-dashboard) and the writer don't block each other; a kill leaves a log to replay.
+                connection.execute("PRAGMA journal_mode=WAL")
+            # The connection is made here, not from the URL, in which a path with ?, # or % would be misread.
+            return optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": QueuePool})
+        except Exception as error:
+            raise StudyError(
+                f"{self.path} can't be opened as a study ({error}). It must lie on a local disk and have been written "
+                f"by medray; move it away to begin anew"
+            ) from error
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file, so that study.db alone is the study, and let others open it."""
+        if self._lock.closed:
+            return
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+        try:
+            with contextlib.closing(sqlite3.connect(str(self.path), timeout=60.0)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._lock.close()
+
+
+def _acquire(path: Path) -> IO[str]:
+    # The kernel lets go of the lock when the process ends, however it ends.
+    lock = path.open("a+", encoding="ascii")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise StudyError(
+            f"{path.parent} is being run by another process (id {owner}); wait for it or stop it, then try again"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
