@@ -77,7 +77,7 @@ def fetch(name: str, directory: Path, *, progress: Progress | None = None, base_
         base_url: a mirror's folder that holds the file under its own name, instead of the public source.
 
     Raises:
-        DownloadError: an unknown name, no connection, another answer than the file, or a wrong hash (the file is removed).
+        DownloadError: an unknown name, no connection, another answer than the file, or a wrong hash (which removes it).
         MissingDependencyError: pooch is not installed.
     """
     chosen = DATASETS.get(name)

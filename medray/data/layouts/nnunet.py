@@ -2,7 +2,7 @@
 
 MSD lists its cases under ``training``; nnU-Net names channels and file ending, and finds ``imagesTr/CASE_0000.nii.gz``
 and ``labelsTr/CASE.nii.gz`` (or takes them from ``dataset``). Labels are ``{name: number}`` or ``{number: name}``.
-Test images count where ``labelsTs`` has their masks. ``split.json`` beside it (``{"train": [cases], "test": [cases]}``) is heeded.
+Test images count where ``labelsTs`` has their masks. A ``split.json`` beside it is heeded: ``{"train": [cases], …}``.
 """
 
 from __future__ import annotations

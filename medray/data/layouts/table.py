@@ -2,7 +2,7 @@
 
 Columns: ``image`` (or ``image_*``, a file per channel), and ``label``, or several 0/1 columns ``label_*``, or ``mask``;
 optional ``id``, ``valid``, ``patient``, ``site``, ``split``. All other columns are clinical ones. Several findings of
-one image stand in ``label`` as ``a|b``. Paths are relative to the table; an ending or a folder ``images/`` may be left out.
+one image stand in ``label`` as ``a|b``. Paths are relative to the table; the ending or ``images/`` may be left out.
 
 Columns of other names are named behind the path: ``cases.csv?image=image_id&label=dx&patient=lesion_id``.
 """
