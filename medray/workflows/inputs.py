@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medray.data.layouts.dicom import series_under
 from medray.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".dcm")
@@ -71,21 +72,39 @@ def _one(text: str, ndim: int) -> list[tuple[str, str]]:
 
 
 def _folder(root: Path, ndim: int) -> list[tuple[str, str]]:
+    """(reference, name) of each image below a folder."""
     found: list[tuple[str, str]] = []
-    for folder in sorted([root, *(p for p in root.rglob("*") if p.is_dir() and not _hidden(p, root))]):
-        dicom = []
-        for file in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-            relative = file.relative_to(root)
-            if _is_dicom(file):
-                dicom.append((str(file), str(relative.with_name(_stem(file.name)))))
-            elif file.name.lower().endswith(SUFFIXES):
-                found.append((str(file), str(relative.with_name(_stem(file.name)))))
-        if dicom and ndim == 3:
-            relative = folder.relative_to(root)
-            found.append((str(folder), str(relative) if relative.parts else root.resolve().name or "series"))
+    dicom: set[Path] = set()
+    for series in series_under(root):
+        dicom |= set(series.files)
+        if ndim == 2 or len(series.files) == 1:
+            found += [(str(file), _relative(file, root)) for file in series.files]
         else:
-            found += dicom
-    return found
+            name = series.folder.relative_to(root).as_posix().removeprefix(".") or root.resolve().name or "series"
+            found.append(
+                (str(series.folder), name)
+                if series.alone
+                else (f"{series.folder}#{series.uid}", f"{name}-{series.uid}")
+            )
+    for file in sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p, root)):
+        wanted = file.name.lower().endswith(SUFFIXES) and file not in dicom
+        if wanted and (file.suffix.lower() != ".dcm" or not _sound_dicom(file)):
+            found.append((str(file), _relative(file, root)))
+    return sorted(found, key=lambda item: item[1])
+
+
+def _sound_dicom(path: Path) -> bool:
+    """Whether it is DICOM but no image (a report, a segmentation). A damaged file is not: it shall be seen to fail."""
+    import pydicom
+
+    try:
+        return bool(pydicom.dcmread(path, stop_before_pixels=True).get("SOPClassUID"))
+    except Exception:
+        return False
+
+
+def _relative(file: Path, root: Path) -> str:
+    return file.relative_to(root).with_name(_stem(file.name)).as_posix()
 
 
 def _group(found: Iterable[tuple[str, str]], channels: int) -> list[tuple[tuple[str, ...], str]]:
@@ -99,13 +118,6 @@ def _group(found: Iterable[tuple[str, str]], channels: int) -> list[tuple[tuple[
         else:
             single.append(((reference,), name))
     return single + [(tuple(reference for _, reference in sorted(parts)), stem) for stem, parts in groups.items()]
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() == ".dcm":
-        return path.name.upper() != "DICOMDIR"
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM" and path.name.upper() != "DICOMDIR"
 
 
 def _hidden(path: Path, root: Path) -> bool:

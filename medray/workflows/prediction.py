@@ -80,8 +80,8 @@ def predict_files(
 ) -> PredictionSummary:
     """Answer every image; one that can't be read doesn't stop the rest.
 
-    Segmentation writes, for each input, ``NAME_seg`` as .nii.gz (NIfTI in), .dcm (DICOM in) or .png (pictures in), each in
-    the input's own geometry. Classification writes one ``predictions.csv``. ``summary.json`` tells of all, with errors.
+    Segmentation writes, for each input, ``NAME_seg`` as .nii.gz (NIfTI in), .dcm (DICOM in) or .png (pictures in), each
+    in the input's own geometry. Classification writes one ``predictions.csv``. ``summary.json`` tells of all.
 
     Args:
         bundle_dir: of the bundle.
@@ -171,9 +171,6 @@ def _write_table(path: Path, spec: BundleSpec, answers: Sequence[Answer]) -> Non
         writer.writerow(["image", "prediction", *(f"p_{name}" for name in spec.classes), "error", "intended_use"])
         for answer in answers:
             row: list[Any] = [answer.image, ";".join(answer.classes)]
-            row += (
-                [f"{p:.6f}" for p in answer.probabilities.values()]
-                if answer.probabilities
-                else [""] * len(spec.classes)
-            )
+            given = answer.probabilities or {}
+            row += [f"{given[name]:.6f}" if name in given else "" for name in spec.classes]
             writer.writerow([*row, answer.error or "", spec.intended_use])

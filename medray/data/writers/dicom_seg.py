@@ -150,7 +150,7 @@ def _sources(files: Sequence[Path | str], image: Image) -> list[Any]:
     if not files:
         raise DataError(f"{image.source}: it is not known which DICOM files it came from. Give the series itself")
     sources = []
-    for file in files:
+    for file in dict.fromkeys(files):  # a multi-frame file is named once a frame
         try:
             # Not before the pixels but without them: the object refers to the instance, not to its values.
             dataset = pydicom.dcmread(file, stop_before_pixels=True)
