@@ -119,7 +119,7 @@ def read_case(case: Case, root: Path) -> tuple[Image, Mask | None, Mask | None]:
         if mask is not None and mask.array.shape != image.shape:
             raise UnreadableError(
                 mask.source,
-                f"the mask has shape {mask.array.shape}, its image {image.shape} ({image.source}); they must be one grid",
+                f"the mask has shape {mask.array.shape}, its image {image.shape} ({image.source}); they share a grid",
             )
     return image, masks[0], masks[1]
 
@@ -167,11 +167,13 @@ def _format(path: Path, member: str) -> ModuleType:
         return npz
     if member:
         raise UnreadableError(path, f"'#{member}' names an item of an .npz or a series of a directory; this is neither")
-    if head.startswith(_PICTURES):
-        return picture
     if head[:2] == b"\x1f\x8b" or head[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"):
         return nifti
-    if head[128:132] == b"DICM" or dicom.looks_bare(head):
+    if head[128:132] == b"DICM":  # before pictures: the preamble in front of it may make the file a TIFF as well
+        return dicom
+    if head.startswith(_PICTURES):
+        return picture
+    if dicom.looks_bare(head):
         return dicom
     for module, suffixes in _SUFFIXES.items():
         if path.name.lower().endswith(suffixes):

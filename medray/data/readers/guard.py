@@ -63,10 +63,10 @@ def reading(path: object, what: str = "file") -> Iterator[None]:
 
 
 def one_line(error: object) -> str:
-    """An error's first line, at most 160 characters, fit for a message."""
-    lines = str(error).strip().splitlines()
-    text = "".join(c if c.isprintable() else "?" for c in (lines[0] if lines else "no message"))
-    return text if len(text) <= 160 else text[:157] + "..."
+    """An error's text as one line of at most 200 characters, fit for a message."""
+    text = " ".join(str(error).split()) or "no message"
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def require_file(path: Path) -> int:

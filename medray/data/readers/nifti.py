@@ -6,7 +6,7 @@ with two axes, or a single slice along the third, is a 2-D image whose rows run 
 along its first, unturned.
 
 ``Image.original``: ``format`` "nifti"; ``path``; ``affine`` (4, 4) of the file's own voxel grid, in mm; ``shape``, its
-three axes; ``orientation``, axis codes such as "LPS"; ``dtype`` on disk; ``nonfinite``, how many voxels were NaN or inf.
+three axes; ``orientation``, axis codes such as "LPS"; ``dtype`` on disk; ``nonfinite``, how many voxels were none.
 """
 
 from __future__ import annotations

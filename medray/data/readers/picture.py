@@ -37,7 +37,7 @@ from medray.data.readers.guard import (
 from medray.data.readers.header import Header
 from medray.errors import MissingDependencyError, UnreadableError
 
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")  # an MPO opens as a JPEG
 _GREY = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 _LOSSY = {"JPEG", "MPO"}
 
