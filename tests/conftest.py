@@ -31,11 +31,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need one: starting it costs seconds."""
-    from medray.engines.ray import session
+    from medray.engines.ray.session import ray_session as start
 
-    session.start()
-    yield
-    session.shutdown()
+    with start(cpus=2):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -146,10 +146,8 @@ class LiveView:
             if self._gain is not None:
                 facts.append(f"expected gain {self._gain:+.2g}")
             if len(self._rows) > 1 or self._budget:
-                facts.append(
-                    "trials "
-                    + ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "running")
-                )
+                shown = [f"{count} {state}" for state, count in counts.items() if count or state == "running"]
+                facts.append("trials " + ", ".join(shown))
             parts: list[RenderableType] = [head, Text("   ".join(facts))]
             if self._budget:
                 parts.append(ProgressBar(total=self._budget, completed=min(now, self._budget)))

@@ -28,9 +28,9 @@ def train(
 
     Example: medray train data=scans/ model.name=segresnet train.budget=20min
     """
+    path, overrides = split_arguments(arguments or [])
     from medray.workflows.training import train_experiment
 
-    path, overrides = split_arguments(arguments or [])
     if out is None:
         out = _default_out(path, overrides)
     with LiveView(f"training in {out}") as view:
