@@ -1,0 +1,229 @@
+"""TrainLoader: what is in a batch, what an epoch is, and that (seed, epoch, batch) decide everything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medray.config.schema import AugmentConfig, Experiment, PreprocessConfig, TrainConfig
+from medray.data.cache import PreparedStore
+from medray.data.loader import Batch, TrainLoader, train_loader
+from medray.data.manifest import IGNORE, Case, Manifest
+from medray.errors import ConfigError, DataError
+
+PLAIN = AugmentConfig(strength=0.0)
+
+
+def store_of(
+    root: Path, arrays: list[np.ndarray[Any, Any]], masks: list[np.ndarray[Any, Any]] | None = None, **fields: Any
+) -> PreparedStore:
+    """A store of volumes written as NIfTI (3-D) or pictures from an archive (2-D)."""
+    import nibabel as nib
+
+    ndim, labels = arrays[0].ndim, fields.pop("labels", None)
+    cases = []
+    for i, array in enumerate(arrays):
+        case: dict[str, Any] = {"id": str(i), "images": (f"i{i}.nii",)}
+        if ndim == 3:
+            nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), root / f"i{i}.nii")
+            if masks is not None:
+                nib.save(nib.Nifti1Image(masks[i], np.eye(4)), root / f"m{i}.nii")
+                case["mask"] = f"m{i}.nii"
+        else:
+            case["images"] = (f"all.npz#train_images/{i}",)
+        if labels is not None:
+            case["label"] = labels[i]
+        cases.append(Case.model_validate(case))
+    if ndim == 2:
+        np.savez(root / "all.npz", train_images=np.stack(arrays).astype(np.uint8))
+    fields = {"source": "x", "root": str(root), "ndim": ndim, "channels": 1, "cases": tuple(cases), **fields}
+    manifest = Manifest.model_validate(fields)
+    return PreparedStore.open_or_build(manifest, PreprocessConfig(normalize="none"), root / "cache")
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> PreparedStore:
+    """Twelve volumes whose voxels say where they are; a small lesion in a corner of each, none in the last."""
+    rng = np.random.default_rng(0)
+    arrays, masks = [], []
+    for i in range(12):
+        shape = (20 + i, 24, 18)
+        array = np.add.outer(np.add.outer(np.arange(shape[0]) * 1e4, np.arange(24) * 1e2), np.arange(18.0))
+        mask = np.zeros(shape, np.uint8)
+        if i < 11:
+            corner = rng.integers(0, 14, 3)
+            mask[tuple(slice(c, c + 3) for c in corner)] = 1 + i % 2
+        arrays.append(array)
+        masks.append(mask)
+    return store_of(tmp_path, arrays, masks, task="segmentation", classes=("background", "a", "b"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> PreparedStore:
+    """Thirty pictures, each of its own grey; every tenth is of class 1."""
+    arrays = [np.full((8, 8), i * 8) for i in range(30)]
+    labels = [int(i % 10 == 0) for i in range(30)]
+    return store_of(tmp_path, arrays, labels=labels, task="classification", classes=("no", "yes"))
+
+
+def experiment(augment: AugmentConfig = PLAIN, seed: int = 0, **train: Any) -> Experiment:
+    return Experiment(device="cpu", seed=seed, augment=augment, train=TrainConfig(**train))
+
+
+def segmentation(store: PreparedStore, config: Experiment, **kwargs: Any) -> TrainLoader:
+    return train_loader(store, range(len(store)), config, kind="segmentation", num_classes=3, **kwargs)
+
+
+def classification(store: PreparedStore, config: Experiment, **kwargs: Any) -> TrainLoader:
+    return train_loader(store, range(len(store)), config, kind="classification", num_classes=2, **kwargs)
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a[key], b[key]) for a, b in zip(one, other, strict=True) for key in ("image", "target", "index")
+    )
+
+
+def test_a_batch(volumes: PreparedStore) -> None:
+    loader = segmentation(volumes, experiment(batch_size=5, patch_size=(8, 8, 8)))
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    for batch in batches:
+        assert batch["image"].shape == (5, 1, 8, 8, 8) and batch["image"].dtype == torch.float32
+        assert batch["target"].shape == (5, 8, 8, 8) and batch["target"].dtype == torch.int64
+
+
+def test_patches_are_what_the_files_hold(volumes: PreparedStore) -> None:
+    for batch in segmentation(volumes, experiment(batch_size=4, patch_size=(8, 10, 6), samples_per_case=3)):
+        for image, target, i in zip(batch["image"], batch["target"], batch["index"].tolist(), strict=True):
+            first = int(image[0, 0, 0, 0])
+            corner = (first // 10_000, first % 10_000 // 100, first % 100)
+            box = tuple(slice(c, c + n) for c, n in zip(corner, (8, 10, 6), strict=True))
+            np.testing.assert_array_equal(image[0], volumes.image(i)[0][box])
+            np.testing.assert_array_equal(target, np.asarray(volumes.mask(i))[box])
+
+
+def test_small_volumes_are_centred_in_zeros_and_ignored_around(volumes: PreparedStore) -> None:
+    batch = next(iter(segmentation(volumes, experiment(batch_size=12, patch_size=(40, 24, 18)))))
+    for image, target, i in zip(batch["image"], batch["target"], batch["index"].tolist(), strict=True):
+        n = volumes.shape(i)[0]
+        before = (40 - n) // 2
+        np.testing.assert_array_equal(image[0, before : before + n], volumes.image(i)[0])
+        outside = torch.ones(40, dtype=torch.bool)
+        outside[before : before + n] = False
+        assert (image[0, outside] == 0).all() and (target[outside] == IGNORE).all()
+        assert (target[~outside] != IGNORE).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_share_of_patches_on_foreground(volumes: PreparedStore, share: float) -> None:
+    config = experiment(batch_size=8, patch_size=(5, 5, 5), samples_per_case=20, foreground=share)
+    loader = train_loader(volumes, range(11), config, kind="segmentation", num_classes=3)
+    centred = [bool((t[2, 2, 2] > 0) or (t > 0).any()) for batch in loader for t in batch["target"]]
+    chance = 0.05
+    assert share - 0.02 <= np.mean(centred) <= share + (1 - share) * 2 * chance + 0.02
+
+
+def test_an_epoch_passes_over_all_cases(volumes: PreparedStore) -> None:
+    loader = segmentation(volumes, experiment(batch_size=4, patch_size=(4, 4, 4), samples_per_case=2))
+    seen = Counter(i for batch in loader for i in batch["index"].tolist())
+    assert seen == Counter(dict.fromkeys(range(12), 2))
+
+
+def test_the_last_batch_is_full(pictures: PreparedStore) -> None:
+    batches = list(classification(pictures, experiment(batch_size=16)))
+    assert [len(b["image"]) for b in batches] == [16, 16]
+    assert {i for b in batches for i in b["index"].tolist()} == set(range(30))
+    assert len(next(iter(classification(pictures, experiment(batch_size=64))))["image"]) == 64
+
+
+def test_seed_epoch_and_batch_decide(volumes: PreparedStore) -> None:
+    config = experiment(AugmentConfig(p_affine=1.0, p_noise=1.0), batch_size=4, patch_size=(8, 8, 8))
+    loader = segmentation(volumes, config)
+    first, second = list(loader), list(loader)
+    assert not same(first, second)
+    again = segmentation(volumes, config)
+    again.set_epoch(1)
+    assert same(list(again), second)
+    again.set_epoch(0)
+    assert same(list(again), first)
+    other = experiment(AugmentConfig(p_affine=1.0, p_noise=1.0), seed=1, batch_size=4, patch_size=(8, 8, 8))
+    assert not same(list(segmentation(volumes, other)), first)
+
+
+def test_worker_processes_change_nothing(volumes: PreparedStore) -> None:
+    config = experiment(AugmentConfig(p_affine=1.0, p_noise=1.0), batch_size=4, patch_size=(8, 8, 8))
+    here, there = segmentation(volumes, config, workers=0), segmentation(volumes, config, workers=2)
+    for epoch in (0, 3):
+        here.set_epoch(epoch)
+        there.set_epoch(epoch)
+        assert same(list(here), list(there))
+
+
+def test_shards_are_the_batch(pictures: PreparedStore) -> None:
+    loader = classification(pictures, experiment(batch_size=10))
+    whole = list(loader)
+    shards = [list(loader.shard(rank, 3)) for rank in range(3)]
+    for number, batch in enumerate(whole):
+        for rank in range(3):
+            assert torch.equal(shards[rank][number]["index"], batch["index"][rank::3])
+            assert torch.equal(shards[rank][number]["image"], batch["image"][rank::3])
+    with pytest.raises(ConfigError, match="at least the number of processes"):
+        loader.shard(0, 11)
+
+
+def test_balanced_draws_classes_equally(pictures: PreparedStore) -> None:
+    batches = list(classification(pictures, experiment(batch_size=10, balanced=True)))
+    assert torch.cat([b["target"] for b in batches]).float().mean() == 0.5
+    rare = Counter(i for b in batches for i, t in zip(b["index"].tolist(), b["target"].tolist(), strict=True) if t == 1)
+    assert set(rare) == {0, 10, 20} and max(rare.values()) - min(rare.values()) == 0
+
+
+def test_balanced_multilabel_goes_by_the_rarest(tmp_path: Path) -> None:
+    labels = [(1, int(i % 10 == 0)) if i % 2 else (0, int(i % 10 == 0)) for i in range(40)]
+    store = store_of(
+        tmp_path, [np.full((8, 8), i) for i in range(40)], labels=labels, task="multilabel", classes=("a", "b")
+    )
+    config = experiment(batch_size=30, balanced=True)
+    loader = train_loader(store, range(40), config, kind="multilabel", num_classes=2)
+    target = torch.cat([b["target"] for b in loader])
+    assert target.dtype == torch.float32 and target.shape == (60, 2)
+    assert target[:, 1].mean() == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_mixup_mixes_images_as_it_mixes_labels(pictures: PreparedStore) -> None:
+    batch = next(iter(classification(pictures, experiment(batch_size=30, mixup=0.8))))
+    assert batch["target"].shape == (30, 2) and batch["target"].dtype == torch.float32
+    torch.testing.assert_close(batch["target"].sum(dim=1), torch.ones(30))
+    assert ((batch["target"][:, 1] > 0.01) & (batch["target"][:, 1] < 0.99)).any()
+    own = torch.tensor([8.0 * i for i in batch["index"].tolist()])
+    assert (batch["image"][:, 0, 0, 0] != own).sum() > 15
+
+
+def test_turned_patches_see_what_lies_beyond_them(volumes: PreparedStore) -> None:
+    config = experiment(
+        AugmentConfig(p_affine=1.0, translate=0.0, p_noise=0.0), batch_size=8, patch_size=(8, 8, 8), foreground=0.0
+    )
+    loader = segmentation(volumes, config)
+    ignored = torch.cat([(b["target"] == IGNORE).flatten(1).float().mean(dim=1) for b in loader])
+    assert (ignored == 0).float().mean() > 0.4 and ignored.mean() < 0.06
+
+
+def test_nothing_to_train_on(pictures: PreparedStore, volumes: PreparedStore) -> None:
+    with pytest.raises(DataError, match="no cases"):
+        train_loader(pictures, [], experiment(), kind="classification", num_classes=2)
+    with pytest.raises(DataError, match="label 1, which is none of 1"):
+        train_loader(pictures, range(30), experiment(), kind="classification", num_classes=1)
+    with pytest.raises(DataError, match="12 different shapes"):
+        segmentation(volumes, experiment())
+    with pytest.raises(ConfigError, match="expected 3 values"):
+        segmentation(volumes, experiment(patch_size=(8, 8)))
+    with pytest.raises(ConfigError, match="mixup"):
+        segmentation(volumes, experiment(patch_size=(8, 8, 8), mixup=0.2))
+    with pytest.raises(DataError, match="have no mask"):
+        segmentation(pictures, experiment())
