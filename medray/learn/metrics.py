@@ -38,6 +38,8 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
+CHUNK = 2**22
+"""Voxels counted at once."""
 
 
 # -- segmentation
@@ -46,9 +48,12 @@ Floats = npt.NDArray[np.float64]
 def dice_per_class(pred: Array, target: Array, num_classes: int, ignore: int = 255) -> Floats:
     """Dice of each foreground class, (K-1,); NaN where a class is in neither. Voxels whose target is ``ignore`` don't
     count."""
-    known = target != ignore
-    pred, target = pred[known].astype(np.int64), target[known].astype(np.int64)
-    table = np.bincount(target * num_classes + pred, minlength=num_classes**2).reshape(num_classes, num_classes)
+    table = np.zeros((num_classes, num_classes), dtype=np.int64)
+    pred, target = np.ravel(pred), np.ravel(target)
+    for start in range(0, target.size, CHUNK):  # the index below is eight times as wide as a label map
+        there, guess = target[start : start + CHUNK], pred[start : start + CHUNK]
+        known = there != ignore
+        table += confusion_matrix(there[known], guess[known], num_classes)
     hit, sizes = np.diag(table)[1:], (table.sum(0) + table.sum(1))[1:]
     return np.divide(2.0 * hit, sizes, out=np.full(num_classes - 1, np.nan), where=sizes > 0)
 

@@ -64,7 +64,8 @@ def load(path: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TrainingError(f"{path}: no readable checkpoint ({str(error).splitlines()[0][:200]}); {fix}") from error
+        cause = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise TrainingError(f"{path}: no readable checkpoint ({cause}); {fix}") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise TrainingError(f"{path}: a checkpoint of version {found}, this medray reads version {VERSION}; {fix}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.config.schema import Experiment
-from medray.errors import ConfigError, TrainingError
+from medray.errors import ConfigError, OutOfMemoryError, TrainingError
 from medray.learn.ema import Ema
 from medray.learn.optimizers import build_optimizer
 from medray.learn.schedules import Schedule
@@ -182,6 +182,7 @@ class _Run:
         self.losses: tuple[float, int] = (0.0, 0)  # sum and number since the last validation
         self.stopped: Stopped | None = None
         self.saved_at, self.save_seconds = self.started, 0.0
+        self.ticked_at = self.started
 
     # -- the loop
     # -------------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class _Run:
         if resume:
             self._resume()
         self.wrapped.train()
-        last = time.monotonic()
+        self.ticked_at = time.monotonic()
         while self.stopped is None:
             epoch, position = divmod(self.step, self.steps_per_epoch)
             for batch in self._epoch(epoch, position):
@@ -198,22 +199,23 @@ class _Run:
                     self._end("deadline")
                     break
                 self._learn(batch)
-                now = time.monotonic()
-                self.pace.ticked(now - last, self.step, self.elapsed)
+                self._tick()
                 if self.pace.due(self.step):
                     self._validation()
-                    now = time.monotonic()
                 elif self.step % max(1, self.pace.total // 40) == 0:
                     self._revise()
                     if self.step >= self.pace.total:
                         self._validation()
-                        now = time.monotonic()
-                elif self.path and now - self.saved_at > max(CHECKPOINT_SECONDS, 20 * self.save_seconds):
+                elif self.path and time.monotonic() - self.saved_at > max(CHECKPOINT_SECONDS, 20 * self.save_seconds):
                     self._save()  # its time counts as the next step's, as it does in the budget
-                last = now
                 if self.stopped is not None:
                     break
         return self._result()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.pace.ticked(now - self.ticked_at, self.step, self.elapsed)
+        self.ticked_at = now
 
     @property
     def elapsed(self) -> float:
@@ -228,11 +230,13 @@ class _Run:
         set_epoch = getattr(self.batches, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-        iterator = iter(self.batches)
-        for _ in range(position):
-            next(iterator)
-        # The loader may draw from the global generators when it starts: the same whether an epoch is begun or gone on
-        # with.
+        # A DataLoader draws from the global generator when it starts: a resumed epoch must not draw once more.
+        with preserved_rng():
+            iterator = iter(self.batches)
+            for _ in range(position):
+                next(iterator)
+        if position:
+            self.ticked_at = time.monotonic()
         for _ in range(self.steps_per_epoch - position):
             batch = next(iterator, None)
             if batch is None:
@@ -316,12 +320,20 @@ class _Run:
             if self.step >= self.pace.total:
                 self._end("finished")
         self._save()
+        self.ticked_at = time.monotonic()
 
     def _measure(self) -> dict[str, float]:
         with preserved_rng(), torch.no_grad(), self.ema.applied(self.model) if self.ema else nullcontext():
             self.model.eval()
             try:
                 metrics = {key: float(value) for key, value in self.validate(self.model).items()}
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"validation after step {self.step} ran out of memory ({str(error)[:300]}); "
+                    "lower train.patch_size or inference.overlap, or turn inference.tta off"
+                ) from error
             finally:
                 self.wrapped.train()
                 self.model.train()
@@ -337,12 +349,15 @@ class _Run:
             return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
 
     def _end(self, why: Stopped) -> None:
-        measured = bool(self.history) and self.history[-1]["step"] == self.step
         self.stopped = why
-        # A deadline leaves room for one more validation, which may well be the best.
-        if why == "deadline" and not measured and self.step and self._time_for_validation():
+        if why != "deadline":
+            return
+        # The guard leaves room for one more validation, which may well be the best.
+        measured = bool(self.history) and self.history[-1]["step"] == self.step
+        if self.step and not measured and self._time_for_validation():
             self._validation()
             self.stopped = why
+        self._save()
 
     def _time_for_validation(self) -> bool:
         late = self.deadline is not None and time.monotonic() + self.pace.validation_seconds > self.deadline

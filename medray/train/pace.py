@@ -126,7 +126,8 @@ class Pace:
     def _plan(self, step: int, left: float, rate: float, validation: float) -> None:
         """Set ``total`` and the validations so that ``left`` seconds are used up."""
         if self.every is None:
-            self.count = max(1, min(VALIDATIONS, int(VALIDATION_SHARE * (self.budget or 0) / max(validation, 1e-9))))
+            affordable = int(VALIDATION_SHARE * (self.budget or 0) / max(validation, 1e-9)) - 1  # one has been
+            self.count = max(1, min(VALIDATIONS, affordable))
         self.total = max(step, 1, step + int((left - validation) / max(rate, 1e-9)))
         # Each validation takes steps away, and fewer steps may mean fewer validations: one pass more settles it.
         for _ in range(2):

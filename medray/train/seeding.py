@@ -61,15 +61,16 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """With ``on``, only kernels whose result doesn't vary from run to run (a warning where there is none), then as
-    before."""
-    if not on:
-        yield
-        return
+    """Within it, with ``on``: only kernels whose result doesn't vary from run to run (a warning where there is none).
+
+    Without: cuDNN tries its convolutions and takes the fastest, which pays since patches are all of one shape.
+    Afterwards all is as before.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+    if on:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = not on
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.config.schema import Experiment
+from medray.errors import ConfigError, NonFiniteLossError, OutOfMemoryError, TrainingError
 from medray.learn.losses import build_loss
 from medray.train.fit import fit
 from medray.train.progress import FitResult
@@ -74,8 +75,8 @@ def experiment(**changes: Any) -> Experiment:
 
 def run(spec: Experiment, loader: Any = None, model: nn.Module | None = None, **options: Any) -> FitResult:
     options = {"validate": accuracy, "objective": ("val/loss", "min"), **options}
-    loss = options.pop("loss", build_loss(spec.loss, kind="classification", num_classes=2))
-    return fit(spec, model or network(), loader or Blobs(), loss, **options)
+    loss = options.pop("loss", None) or build_loss(spec.loss, kind="classification", num_classes=2)
+    return fit(spec, model or network(), Blobs() if loader is None else loader, loss, **options)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -120,3 +121,258 @@ def test_resumes_to_the_same_result_bit_for_bit(
     assert same(whole.weights, again.weights)
     strip = [{k: v for k, v in row.items() if k != "seconds"} for row in whole.history]
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in again.history]
+
+
+def test_a_finished_run_gives_its_result_at_once(tmp_path: Path) -> None:
+    first = run(experiment(), run_dir=tmp_path)
+    loader = Blobs()
+    again = run(experiment(), loader, run_dir=tmp_path)
+    assert loader.served == 0 and same(first.weights, again.weights) and again.history == first.history
+    anew = run(experiment(), loader, run_dir=tmp_path, resume=False)
+    assert loader.served == 24 and same(first.weights, anew.weights)
+
+
+def test_a_checkpoint_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    run(experiment(), run_dir=tmp_path)
+    with pytest.raises(TrainingError, match="another experiment"):
+        run(experiment(optim__lr=0.5), run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_accumulation_equals_the_full_batch(size: int, name: str) -> None:
+    def plain() -> nn.Module:  # no batch norm, no dropout: what sees or draws by part can't be equal
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    weights = (1.0, 3.0)
+    results = []
+    for micro in (None, size):
+        spec = experiment(loss__name=name, loss__class_weights=weights, train__micro_batch=micro, train__epochs=2)
+        results.append(run(spec, model=plain()))
+    for key, value in results[0].weights.items():
+        assert torch.allclose(value, results[1].weights[key], atol=1e-5)
+
+
+class Pixels(Blobs):
+    """A segmentation: the foreground is bright."""
+
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        target = (torch.rand(self.size, 8, 8, generator=generator) < 0.2).long()
+        image = torch.randn(self.size, 1, 8, 8, generator=generator) * 0.3 + target[:, None]
+        return {"image": image, "target": target, "index": torch.arange(self.size)}
+
+
+class Deep(nn.Module):
+    """Two levels of logits while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        x = self.body(x).relu()
+        return [self.head(x), self.head(nn.functional.avg_pool2d(x, 2))] if self.training else self.head(x)
+
+
+def overlap(model: nn.Module) -> dict[str, float]:
+    assert not model.training and not torch.is_grad_enabled()
+    torch.rand(3)  # draws: must not change the run
+    batch = Pixels(size=8).draw(10**6)
+    guess = model(batch["image"]).argmax(1)
+    return {"val/dice": float(2 * (guess * batch["target"]).sum() / (guess.sum() + batch["target"].sum()))}
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_accumulation_is_exact_for_dice_over_the_batch_and_deep_supervision(batch_dice: bool) -> None:
+    results = []
+    for micro in (None, 3):
+        spec = experiment(loss__name="dice_ce", loss__batch_dice=batch_dice, train__micro_batch=micro, optim__lr=0.05)
+        loss = build_loss(spec.loss, kind="segmentation", num_classes=2)
+        options = {"loss": loss, "validate": overlap, "objective": ("val/dice", "max")}
+        results.append(run(spec, Pixels(), Deep(), **options))
+    assert results[0].best["val/dice"] > results[0].history[0]["val/dice"]
+    for key, value in results[0].weights.items():
+        assert torch.allclose(value, results[1].weights[key], atol=1e-5)
+    assert results[0].micro_batch == 8 and results[1].micro_batch == 3
+
+
+class Hungry(nn.Sequential):
+    """Fits ``room`` samples into memory."""
+
+    room = 3
+    kind: type[Exception] = RuntimeError
+    message = (
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+    )
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and len(input) > self.room:
+            raise self.kind(self.message)
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(kind: type[Exception]) -> None:
+    def plain(factory: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return factory(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    hungry = plain(Hungry)
+    hungry.kind = kind  # type: ignore[assignment]
+    result, reference = run(experiment(), model=hungry), run(experiment(), model=plain(nn.Sequential))
+    assert result.micro_batch == 2
+    for key, value in reference.weights.items():
+        assert torch.allclose(value, result.weights[key], atol=1e-5)
+    hungry.room = 0  # type: ignore[assignment]
+    with pytest.raises(OutOfMemoryError, match=r"one sample of shape \(1, 6, 6\).*lower train.patch_size"):
+        run(experiment(), model=hungry)
+
+
+def test_other_runtime_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        run(experiment(), Pixels(), nn.Sequential(nn.Flatten(), nn.Linear(5, 2)))
+
+
+class Poisoned(Blobs):
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        batch = super().draw(seed)
+        if seed == 1001:
+            batch["image"][3, 0, 2, 2] = torch.inf
+        return batch
+
+
+def test_a_broken_input_is_named_with_its_step_and_case() -> None:
+    with pytest.raises(NonFiniteLossError, match=r"step 5 \(epoch 2, learning rate .*input was the first.*number 3"):
+        run(experiment(), Poisoned())
+
+
+def test_diverged_weights_broken_logits_losses_and_gradients_are_told_apart() -> None:
+    model = network()
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = torch.nan  # type: ignore[index, union-attr]
+    with pytest.raises(
+        NonFiniteLossError, match=r"weights were the first that are not finite \(0.weight\).*lower|Lower"
+    ):
+        run(experiment(), model=model)
+
+    class Overflows(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * torch.inf
+
+    with pytest.raises(NonFiniteLossError, match="logits were the first"):
+        run(experiment(), model=Overflows(nn.Flatten(), nn.Linear(36, 2)))
+
+    class Odd(nn.Module):
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            return (logits.sum() * 0 - 1).log()
+
+    with pytest.raises(NonFiniteLossError, match="loss itself was the first"):
+        run(experiment(), loss=Odd())
+
+    class Steep(nn.Module):
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            return (logits - logits.detach()).sum().sqrt()
+
+    with pytest.raises(NonFiniteLossError, match="gradient became non-finite at step 0"):
+        run(experiment(), loss=Steep())
+
+
+def test_stops_early_without_gain_and_when_told_to() -> None:
+    worse = iter(range(1000))
+    result = run(
+        experiment(train__epochs=50, train__patience=3, train__validate_every=1),
+        validate=lambda model: {"m": -next(worse)},
+        objective=("m", "max"),
+    )
+    assert (result.stopped, len(result.history), result.best_epoch) == ("early", 4, 1)
+    seen: list[Any] = []
+    result = run(experiment(train__validate_every=2), on_validation=lambda p: seen.append(p) or p.step >= 16)
+    assert result.stopped == "pruned" and [p.step for p in seen] == [8, 16]
+    assert [p.epoch for p in seen] == [2, 4] and seen[0].fraction == pytest.approx(1 / 3)
+
+
+def test_nan_is_never_best_and_an_unknown_objective_is_named() -> None:
+    values = iter([float("nan"), 0.5, float("nan"), 0.4])
+    result = run(
+        experiment(train__epochs=4, train__validate_every=1),
+        validate=lambda m: {"m": next(values)},
+        objective=("m", "max"),
+    )
+    assert result.best == {"m": 0.5} and result.best_epoch == 2
+    with pytest.raises(ConfigError, match="'val/auc' is not measured here; there are: val/accuracy, val/loss"):
+        run(experiment(), objective=("val/auc", "max"))
+
+
+def test_a_budget_is_used_up_and_the_schedule_ends_with_it() -> None:
+    spec = experiment(train__budget=3.0, train__epochs=1, schedule__name="cosine")
+
+    def slow(model: nn.Module) -> dict[str, float]:
+        time.sleep(0.05)
+        return accuracy(model)
+
+    result = run(spec, Blobs(pause=0.01), validate=slow)
+    assert result.stopped == "finished"
+    assert 2.6 < result.seconds < 3.2
+    assert result.history[-1]["fraction"] == 1.0
+    assert result.history[-1]["lr"] == pytest.approx(0.01 * 0.01, rel=0.05)
+    assert 4 <= len(result.history) <= 10  # of 0.05 s, within 15 % of 3 s
+    late = [row["step"] / result.steps for row in result.history if row["step"] > result.steps / 2]
+    assert len(late) >= len(result.history) / 2
+
+
+def test_a_budget_survives_a_machine_that_slows_down() -> None:
+    class Slows(Blobs):
+        def draw(self, seed: int) -> dict[str, Tensor]:
+            self.pause = 0.005 if self.served < 100 else 0.02
+            return super().draw(seed)
+
+    result = run(experiment(train__budget=3.0), Slows(pause=0.005))
+    assert result.stopped == "finished" and result.history[-1]["fraction"] == 1.0
+    assert 2.6 < result.seconds < 3.4
+
+
+def test_a_deadline_ends_the_run_with_a_last_validation(tmp_path: Path) -> None:
+    deadline = time.monotonic() + 1.0
+    result = run(experiment(train__epochs=10_000), Blobs(pause=0.01), deadline=deadline, run_dir=tmp_path)
+    assert time.monotonic() < deadline + 0.3
+    assert result.stopped == "deadline" and result.history[-1]["step"] == result.steps
+    passed = run(experiment(), deadline=time.monotonic() - 1)
+    assert passed.stopped == "deadline" and passed.steps == 0 and passed.best == {}
+
+
+def test_weights_are_the_average_and_the_model_keeps_its_own() -> None:
+    model = network()
+    result = run(experiment(train__ema=0.99), model=model)
+    assert not same(result.weights, model.state_dict())
+    plain = run(experiment(train__ema=0.0, train__validate_every=6), model=model)
+    assert same(plain.weights, model.state_dict())
+
+
+def test_a_tracker_is_told_and_global_state_is_restored() -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: dict[str, list[int]] = {}
+
+        def scalars(self, values: dict[str, float], step: int) -> None:
+            for name in values:
+                self.seen.setdefault(name, []).append(step)
+
+    tracker = Tracker()
+    run(experiment(train__deterministic=True), tracker=tracker)
+    assert tracker.seen["val/loss"][-1] == 24 and len(tracker.seen["train/loss"]) == 24
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_loader_without_batches_or_with_too_few_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="no batch"):
+        run(experiment(), Blobs(batches=0))
+
+    class Short(Blobs):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield self.draw(0)
+
+    with pytest.raises(TrainingError, match="ended before the 4 batches"):
+        run(experiment(), Short())

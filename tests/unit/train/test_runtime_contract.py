@@ -1,0 +1,68 @@
+"""What every Runtime owes fit(). A new runtime joins by one line in RUNTIMES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from medray.config.schema import Experiment
+from medray.learn.losses import build_loss
+from medray.learn.optimizers import build_optimizer
+from medray.train.fit import fit
+from medray.train.runtime import LocalRuntime, Runtime
+from tests.unit.train.test_fit import Blobs, accuracy, experiment, network
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"local": LocalRuntime}
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    return RUNTIMES[request.param]()
+
+
+def test_prepare_gives_a_model_on_the_device_whose_optimiser_owns_its_parameters(runtime: Runtime) -> None:
+    spec = Experiment()
+    bare = network()
+    model, optimizer, loader = runtime.prepare(bare, lambda m: build_optimizer(m, spec.optim), Blobs())
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # The caller's module is trained in place, whatever it is wrapped in.
+    assert owned == {id(p) for p in bare.parameters()} == {id(p) for p in model.parameters()}
+    assert {p.device.type for p in bare.parameters()} == {runtime.device.type}
+    assert len(loader) == 4  # type: ignore[arg-type]
+    assert {"image", "target", "index"} <= next(iter(loader)).keys()
+
+
+def test_criterion_gives_a_scalar_with_a_gradient(runtime: Runtime) -> None:
+    spec = experiment()
+    loss = runtime.criterion(build_loss(spec.loss, kind="classification", num_classes=2))
+    logits = torch.zeros(4, 2, device=runtime.device, requires_grad=True)
+    value = loss(logits, torch.tensor([0, 1, 1, 0], device=runtime.device))
+    value.backward()
+    assert value.shape == () and float(logits.grad.abs().sum()) > 0  # type: ignore[union-attr]
+
+
+def test_reduce_keeps_keys_and_ratios_and_agree_is_a_plain_bool(runtime: Runtime) -> None:
+    found = runtime.reduce({"sum": 6.0, "count": 3.0})
+    assert found.keys() == {"sum", "count"} and found["sum"] / found["count"] == pytest.approx(2.0)
+    assert runtime.agree(True) is True and runtime.agree(False) is False
+    assert isinstance(runtime.is_main, bool)
+
+
+def test_no_sync_lets_gradients_accumulate(runtime: Runtime) -> None:
+    model, optimizer, _ = runtime.prepare(nn.Linear(2, 1), lambda m: torch.optim.SGD(m.parameters()), Blobs())
+    x = torch.ones(1, 2, device=runtime.device)
+    with runtime.no_sync(model):
+        model(x).sum().backward()
+    model(x).sum().backward()
+    weight = next(p for group in optimizer.param_groups for p in group["params"] if p.ndim == 2)
+    assert torch.allclose(weight.grad, torch.full_like(weight, 2.0))  # type: ignore[arg-type]
+
+
+def test_fit_trains_through_it(runtime: Runtime) -> None:
+    spec = experiment(train__epochs=15, train__micro_batch=3)
+    loss = build_loss(spec.loss, kind="classification", num_classes=2)
+    result = fit(spec, network(), Blobs(), loss, validate=accuracy, objective=("val/loss", "min"), runtime=runtime)
+    assert result.best["val/accuracy"] > 0.9 and {v.device.type for v in result.weights.values()} == {"cpu"}
