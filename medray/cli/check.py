@@ -26,13 +26,13 @@ def check(
 ) -> None:
     """Read every image, look for what would spoil a model, and write the manifest.
 
-    Exits with 1 where a finding is an error.
+    Exits with 1 where a finding is an error; with --strict, where there is any finding.
     """
     from medray.workflows.check import check_data
 
     folder = out or run_folder(data)
     with progress("checking") as show:
-        manifest = check_data(data, folder, task=task, strict=strict, progress=show)
+        manifest = check_data(data, folder / "manifest.json", task=task, progress=show)
     patients = len({case.group for case in manifest.cases})
     sites = len({case.site for case in manifest.cases if case.site})
     say(
@@ -51,5 +51,5 @@ def check(
     if not manifest.findings:
         say("nothing found")
     say(f"\nmanifest: {folder / 'manifest.json'}")
-    if any(finding.severity == "error" for finding in manifest.findings):
+    if any(strict or finding.severity == "error" for finding in manifest.findings):
         raise typer.Exit(1)

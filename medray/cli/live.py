@@ -128,6 +128,7 @@ class LiveView:
 
     def _render(self) -> RenderableType:
         from rich.console import Group
+        from rich.padding import Padding
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -136,7 +137,7 @@ class LiveView:
             now, counts = self._clock(), self.counts()
             head = Text(f"{self._title}", style="bold")
             head.append(f"  {self._stage}", style="dim")
-            facts = []
+            facts, trials = [], ""
             if self._best is not None:
                 facts.append(f"best so far {self._best:.4g}")
             if self._budget:
@@ -147,21 +148,24 @@ class LiveView:
                 facts.append(f"expected gain {self._gain:+.2g}")
             if len(self._rows) > 1 or self._budget:
                 shown = [f"{count} {state}" for state, count in counts.items() if count or state == "running"]
-                facts.append("trials " + ", ".join(shown))
-            parts: list[RenderableType] = [head, Text("   ".join(facts))]
+                trials = "trials: " + ", ".join(shown)
+            parts: list[RenderableType] = [head, Text("   ".join(facts)), *([Text(trials)] if trials else [])]
             if self._budget:
-                parts.append(ProgressBar(total=self._budget, completed=min(now, self._budget)))
+                # On its own, a bar ends without a line break, and what follows is cropped with it.
+                parts.append(Padding(ProgressBar(total=self._budget, completed=min(now, self._budget)), 0))
             if self._rows:
-                drawn = Table(box=None, pad_edge=False, header_style="dim")
-                for column in ("trial", "state", "", "figures", ""):
-                    drawn.add_column(column, no_wrap=column in ("trial", "state"), overflow="ellipsis")
+                drawn = Table.grid("trial", "state", "", "figures", "", padding=(0, 2))
+                drawn.show_header, drawn.header_style = True, "dim"
+                for column in drawn.columns:
+                    column.no_wrap = True
                 running = [number for number, row in self._rows.items() if row.state == "running"]
                 others = [number for number in self._rows if number not in running]
-                for number in sorted([*running[-ROWS:], *others[-max(0, ROWS - len(running)) :]]):
+                room = max(0, ROWS - len(running))
+                for number in sorted([*running[-ROWS:], *(others[-room:] if room else ())]):
                     row = self._rows[number]
                     bar = (
                         ProgressBar(total=1.0, completed=row.fraction, width=16)
-                        if row.fraction is not None
+                        if row.fraction is not None and row.state == "running"
                         else Text("")
                     )
                     last = row.text.splitlines()[-1] if row.text else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -9,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, str], None]
+"""(done, all, what was done last)"""
 
 
 def say(text: str = "") -> None:
@@ -39,27 +41,27 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Progress]:
-    """A function of (done, total) that shows how far something is, on stderr."""
+    """A function of (done, all, name) that shows how far something is, on stderr."""
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         with Bars(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
         ) as bars:
             task = bars.add_task(what, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            yield lambda done, total, _name: bars.update(task, completed=done, total=total)
         return
 
     last = time.monotonic()
 
-    def line(done: int, total: int) -> None:
+    def line(done: int, total: int, _name: str) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > 10:
             last = time.monotonic()
@@ -82,6 +84,11 @@ def duration(seconds: float) -> str:
     whole = round(max(0.0, seconds))
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """``0.8123 [0.79, 0.83]``; the value alone where there is no interval."""
+    return f"{value:.4g}" if math.isnan(low) or math.isnan(high) else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def figures(metrics: dict[str, float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def tune(
 
     Example: medray tune search_spaces/seg.yaml data=scans/ study.budget=1h
     """
+    started = time.time()  # the budget covers the imports too
     path, overrides = split_arguments(arguments or [])
     if path is None and resume is None:
         raise ConfigError("tune needs a search space, such as search_spaces/seg.yaml, or --resume runs/NAME")
@@ -38,7 +40,7 @@ def tune(
     from medray.workflows.study import tune as run_study
 
     with LiveView(f"study {resume.name if resume else path.stem if path else ''}") as view:
-        result = run_study(path, overrides, resume=resume, address=address, observer=view)
+        result = run_study(path, overrides, resume=resume, address=address, observer=view, started=started)
     say()
     say(result.headline)
     say(f"report: {result.directory / 'report.html'}")

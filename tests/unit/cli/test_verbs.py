@@ -87,9 +87,17 @@ def test_train_takes_overrides_alone(
     assert "val/dice 0.8" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("severity", "code"), [("warning", 0), ("error", 1)])
+@pytest.mark.parametrize(
+    ("severity", "options", "code"),
+    [("warning", [], 0), ("error", [], 1), ("warning", ["--strict"], 1)],
+)
 def test_check_prints_findings_and_exits_with_1_on_errors(
-    monkeypatch: pytest.MonkeyPatch, calls: Calls, capsys: pytest.CaptureFixture[str], severity: Any, code: int
+    monkeypatch: pytest.MonkeyPatch,
+    calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+    severity: Any,
+    options: list[str],
+    code: int,
 ) -> None:
     found = [
         Finding(rule="constant", severity=severity, case=f"c{n}", message="all 0", fix="remove it") for n in range(12)
@@ -100,8 +108,8 @@ def test_check_prints_findings_and_exits_with_1_on_errors(
         findings=tuple(found),
     )  # fmt: skip
     calls.fake("medray.workflows.check", "check_data", manifest)
-    assert run(monkeypatch, "check", "scans/brain MR/", "--strict") == code
-    assert calls.seen[0][0] == ("scans/brain MR/", Path("runs/brain-MR")) and calls.seen[0][1]["strict"] is True
+    assert run(monkeypatch, "check", "scans/brain MR/", *options) == code
+    assert calls.seen[0][0] == ("scans/brain MR/", Path("runs/brain-MR/manifest.json"))
     out = capsys.readouterr().out
     assert "2 cases of 1 patients" in out and "remove it" in out and "... and 2 more" in out
     assert f"{severity}: constant (12)" in out and "manifest: runs/brain-MR/manifest.json" in out
@@ -117,13 +125,41 @@ def test_plan_reads_a_duration(monkeypatch: pytest.MonkeyPatch, calls: Calls) ->
 def test_predict_and_evaluate_hand_over(
     monkeypatch: pytest.MonkeyPatch, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls.fake("medray.workflows.prediction", "predict_files", [Path("out/a.nii.gz")])
-    calls.fake("medray.workflows.evaluation", "evaluate", SimpleNamespace(headline="Dice 0.7 [0.6, 0.8]"))
-    assert run(monkeypatch, "predict", "b", "a.nii.gz", "c.nii.gz", "-o", "out", "--runtime", "torch") == 0
-    assert calls.seen[0] == ((Path("b"), [Path("a.nii.gz"), Path("c.nii.gz")], Path("out")), {"runtime": "torch"})
+    from medray.learn.intervals import Interval
+
+    answers = (
+        SimpleNamespace(image="a.nii.gz", output="out/a_seg.nii.gz", error=None, probabilities=None, classes=()),
+        SimpleNamespace(image="b.png", output=None, error=None, probabilities={"sick": 0.91}, classes=("sick",)),
+        SimpleNamespace(image="c.dcm", output=None, error="truncated", probabilities=None, classes=()),
+    )
+    summary = SimpleNamespace(
+        answers=answers, failed=answers[2:], directory=Path("out"), intended_use="Research use only.", exit_code=1
+    )
+    calls.fake("medray.workflows.prediction", "predict_files", summary)
+    assert run(monkeypatch, "predict", "b", "a.nii.gz", "c.dcm", "-o", "out", "--runtime", "torch") == 1
+    assert calls.seen[0][0] == (Path("b"), ["a.nii.gz", "c.dcm"], Path("out"), "torch")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "a.nii.gz -> out/a_seg.nii.gz",
+        "b.png: sick (sick 0.910)",
+        "c.dcm: failed: truncated",
+        "2 of 3 answered, in out",
+        "Research use only.",
+    ]
+
+    comparison = SimpleNamespace(
+        other_metrics={"dice": Interval(0.6, 0.5, 0.7)}, difference={"dice": Interval(0.1, 0.05, 0.15)}
+    )
+    found = SimpleNamespace(
+        cases=9, patients=8, split="test", metrics={"dice": Interval(0.7, 0.6, 0.8)}, comparison=comparison,
+        failed=[("x", "no mask")], notes=("few cases",), intended_use="Research use only.",
+    )  # fmt: skip
+    calls.fake("medray.workflows.evaluation", "evaluate", found)
     assert run(monkeypatch, "evaluate", "b", "data/", "--compare", "b2") == 0
-    assert calls.seen[1] == ((Path("b"), "data/"), {"runtime": "onnx", "compare": Path("b2"), "out": None})
-    assert capsys.readouterr().out.splitlines() == ["out/a.nii.gz", "Dice 0.7 [0.6, 0.8]"]
+    arguments, keywords = calls.seen[1]
+    assert arguments == (Path("b"), "data/") and keywords["compare"] == Path("b2") and keywords["split"] == "auto"
+    out = capsys.readouterr().out
+    assert "dice    0.7 [0.6, 0.8]  0.6 [0.5, 0.7]  0.1 [0.05, 0.15]" in out and "x: not scored: no mask" in out
 
 
 def test_an_error_is_one_message_and_exit_code_2(
