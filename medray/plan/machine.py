@@ -36,6 +36,12 @@ class Machine:
         """Bytes that one training run may fill: the GPU's, or half of main memory."""
         return int(self.gpu_memory * 0.85) if self.gpus else self.memory // 2
 
+    @property
+    def note(self) -> str:
+        """One line for a person."""
+        where = f"{self.gpus} GPU, {self.gpu_memory / GIB:.0f} GiB" if self.gpus else "no GPU"
+        return f"{self.cpus} cores, {self.memory / GIB:.0f} GiB, {where}"
+
     @classmethod
     def here(cls) -> Machine:
         """The machine that this process runs on."""

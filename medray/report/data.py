@@ -161,5 +161,7 @@ class ReportData:
     robustness: tuple[RobustnessRow, ...]
     classification: ClassificationResults | None
     segmentation: SegmentationResults | None
-    resources: dict[str, str] = field(metadata={"rows": "training time, peak memory, inference time a case, bundle size…"})
+    resources: dict[str, str] = field(
+        metadata={"rows": "training time, peak memory, inference time a case, bundle size…"}
+    )
     reproduce: dict[str, str] = field(metadata={"blocks": "title to text: command, experiment.yaml, versions, machine"})

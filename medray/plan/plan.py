@@ -1,0 +1,224 @@
+"""Fingerprint (+ this machine) to Experiment: the strong default, trial 0.
+
+The rules follow the self-configuration of nnU-Net (Isensee et al., Nature Methods 2021,
+doi:10.1038/s41592-020-01008-z) where they fit: median spacing, percentile clipping for CT, patch as large as memory
+allows, depth until the coarsest axis is short. Where that assumes GPU hours they differ: width and batch follow the
+machine, and the schedule follows a budget in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from medray.config.schema import ModelConfig
+from medray.data.fingerprint import Fingerprint
+from medray.models.catalogue import lookup
+from medray.models.spec import ModelSpec
+from medray.plan.machine import Machine
+
+Tree = dict[str, Any]
+
+SMALL_IMAGE = 64
+"""Up to this many pixels an axis, a classifier keeps the image's own size and a stem without striding."""
+
+VOXELS_3D = {"cpu": 80_000, "cuda": 128**3}
+PIXELS_2D = {"cpu": 192 * 192, "cuda": 512 * 512}
+"""The largest patch, in voxels: on CPUs what gives hundreds of steps in minutes, on GPUs what fills the memory."""
+
+OWN_FAMILY = "U-Net"
+"""The networks whose width and learning rate were found on CPUs and GPUs by measurement; others keep their own."""
+
+DEFAULT_MODEL = {
+    ("segmentation", 2): "unet",
+    ("segmentation", 3): "unet",
+    ("classification", 2): "resnet18",
+    ("classification", 3): "resnet3d",
+}
+
+
+class Geometry(NamedTuple):
+    """What the network will see of an image."""
+
+    spacing: tuple[float, ...] | None
+    shape: tuple[float, ...]
+
+
+def default_model(fingerprint: Fingerprint) -> str:
+    """Name of the network that trial 0 trains."""
+    kind = "segmentation" if fingerprint.task == "segmentation" else "classification"
+    return DEFAULT_MODEL[kind, fingerprint.ndim]
+
+
+def plan(fingerprint: Fingerprint, machine: Machine, *, model: str | None = None, budget: float | None = None) -> Tree:
+    """The strong default for a data set, as a sparse tree of Experiment fields.
+
+    Args:
+        fingerprint: what was measured on the training data.
+        machine: where it will train.
+        model: a network of the catalogue; the fields that depend on it follow. None: :func:`default_model`.
+        budget: seconds of training; None keeps ``train.epochs``.
+
+    Raises:
+        ModelError: the catalogue has no such network.
+    """
+    spec = lookup(model or default_model(fingerprint))
+    geometry = target_geometry(fingerprint)
+    tree: Tree = {"task": {"kind": fingerprint.task}, "preprocess": normalisation(fingerprint)}
+    if fingerprint.task == "segmentation":
+        tree["preprocess"]["spacing"] = geometry.spacing
+        merge(tree, _segmentation(fingerprint, geometry, machine, spec))
+    else:
+        merge(tree, _classification(fingerprint, machine, spec))
+    tree["augment"] = augmentation(fingerprint)
+    if budget is not None:
+        tree["train"]["budget"] = budget
+    return tree
+
+
+def merge(base: Tree, extra: Tree) -> None:
+    """Lay ``extra`` over ``base``, in place, section by section."""
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def target_geometry(fingerprint: Fingerprint) -> Geometry:
+    """Spacing to resample to (None: keep) and the median shape afterwards.
+
+    The median spacing of the training cases; of a coarse axis (over 3 times the finest) the smallest, so that thin
+    slices are not lost. Data that agree within 1 % are left as they are.
+    """
+    shape = tuple(float(n) for n in fingerprint.shape_median)
+    low, middle, high = fingerprint.spacing_min, fingerprint.spacing_median, fingerprint.spacing_max
+    if low is None or middle is None or high is None:
+        return Geometry(None, shape)
+    if all(b - a <= 0.01 * m for a, m, b in zip(low, middle, high, strict=True)):
+        return Geometry(None, shape)
+    finest = min(middle)
+    target = tuple(a if m > 3 * finest else m for a, m in zip(low, middle, strict=True))
+    return Geometry(
+        tuple(round(t, 4) for t in target), tuple(n * m / t for n, m, t in zip(shape, middle, target, strict=True))
+    )
+
+
+def normalisation(fingerprint: Fingerprint) -> Tree:
+    """CT has physical units, so one scale for all; everything else is scaled image by image."""
+    if fingerprint.modality != "CT":
+        return {"normalize": "zscore"}
+    channels = fingerprint.intensity
+    return {
+        "normalize": "ct",
+        "clip": [[round(c.p005, 3), round(c.p995, 3)] for c in channels],
+        "mean": [round(c.mean, 4) for c in channels],
+        "std": [round(max(c.std, 1e-3), 4) for c in channels],
+    }
+
+
+def augmentation(fingerprint: Fingerprint) -> Tree:
+    """Which random changes are plausible for the modality. Mirroring is off: left and right differ in a body."""
+    tree: Tree = {"strength": 1.0}
+    if fingerprint.modality in ("fundus", "dermoscopy", "microscopy"):
+        tree |= {"flip_axes": list(range(fingerprint.ndim)), "rotate_deg": 180.0 if fingerprint.ndim == 2 else 15.0}
+    if fingerprint.modality == "US":
+        tree |= {"flip_axes": [1]}
+    if fingerprint.modality == "MR":
+        tree |= {"p_bias_field": 0.1}
+    return tree
+
+
+def _segmentation(fingerprint: Fingerprint, geometry: Geometry, machine: Machine, spec: ModelSpec) -> Tree:
+    ndim, gpu = fingerprint.ndim, machine.device == "cuda"
+    width = 32 if gpu or ndim == 2 else 24
+    budgeted = (VOXELS_3D if ndim == 3 else PIXELS_2D)[machine.device]
+    wanted = _shrink([float(n) for n in geometry.shape], budgeted)
+    model: Tree = {"name": spec.name}
+    own = spec.family == OWN_FAMILY
+    if own:
+        model["feature_size"] = width
+    if "depth" in spec.options:
+        model["depth"] = spec.fitting_depth(tuple(math.ceil(n) for n in wanted))
+    if "deep_supervision" in spec.options:
+        model["deep_supervision"] = True
+    config = ModelConfig.model_validate(model)
+    multiple, smallest = spec.divisor(config, ndim), spec.smallest(config, ndim)
+    patch_size = [max(smallest, math.ceil(n / multiple) * multiple) for n in wanted]
+    batch = _segmentation_batch(patch_size, width, machine, fingerprint)
+    foreground = 1.0 - fingerprint.class_fraction.get(fingerprint.classes[0], 0.0)
+    covers = all(p >= n for p, n in zip(patch_size, geometry.shape, strict=True))
+    patches = math.prod(geometry.shape) / math.prod(patch_size)
+    return {
+        "model": model,
+        "loss": {"name": "dice_ce", "batch_dice": True},
+        "optim": {"name": "adamw", "lr": 2e-3 if own else 5e-4, "weight_decay": 1e-2},
+        "schedule": {"name": "cosine"},
+        "train": {
+            "patch_size": patch_size,
+            "batch_size": batch,
+            "samples_per_case": 1 if covers else min(16, max(2, round(patches))),
+            "foreground": 0.0 if covers else (0.5 if foreground < 0.02 else 0.33),
+            "ema": 0.99,
+        },
+        "inference": {"overlap": 0.5 if gpu or ndim == 2 else 0.25},
+    }
+
+
+def _shrink(shape: list[float], voxels: int) -> list[float]:
+    """Cut the longest axis, again and again, until the patch has at most ``voxels``."""
+    shape = list(shape)
+    while math.prod(shape) > voxels:
+        longest = max(range(len(shape)), key=lambda axis: shape[axis])
+        others = math.prod(n for axis, n in enumerate(shape) if axis != longest)
+        second = max((n for axis, n in enumerate(shape) if axis != longest), default=1.0)
+        wanted = max(second * 0.9, voxels / others)
+        shape[longest] = min(shape[longest] * 0.95, max(wanted, 8.0))
+    return shape
+
+
+def _segmentation_batch(patch: list[int], width: int, machine: Machine, fingerprint: Fingerprint) -> int:
+    # A U-Net keeps about 40 maps of its first width for backward, all levels counted, at 4 bytes.
+    per_sample = math.prod(patch) * width * 40 * 4
+    fits = max(1, machine.training_memory // max(per_sample, 1))
+    sensible = (8 if fingerprint.ndim == 2 else 2) if machine.device == "cpu" else (32 if fingerprint.ndim == 2 else 8)
+    return int(max(1, min(fits, sensible, max(1, fingerprint.cases))))
+
+
+def _classification(fingerprint: Fingerprint, machine: Machine, spec: ModelSpec) -> Tree:
+    gpu = machine.device == "cuda"
+    size = _classification_size(fingerprint, gpu)
+    pixels = math.prod(size)
+    share = [n for n in fingerprint.class_cases.values() if n > 0] or [1]
+    imbalance = max(share) / min(share)
+    multilabel = fingerprint.task == "multilabel"
+    sensible = max(4, min(128, (2**21 if gpu else 2**17) // pixels))
+    fits = max(1, machine.training_memory // (pixels * 64 * 4 * 16))
+    batch = int(max(2, min(sensible, fits, max(2, fingerprint.cases // 8))))
+    weights = None
+    if imbalance > 1.5 and not multilabel:
+        # Square-root weights: half way between the data's frequencies and equal classes.
+        inverse = [1.0 / math.sqrt(max(fingerprint.class_cases.get(c, 0), 1)) for c in fingerprint.classes]
+        weights = [round(w * len(inverse) / sum(inverse), 4) for w in inverse]
+    return {
+        "preprocess": {"size": size},
+        "model": {"name": spec.name} | ({"dropout": 0.2} if "dropout" in spec.options else {}),
+        "loss": {"name": "bce" if multilabel else "cross_entropy", "label_smoothing": 0.05, "class_weights": weights},
+        "optim": {"name": "adamw", "lr": 1e-3 if max(size) <= SMALL_IMAGE else 3e-4, "weight_decay": 5e-2},
+        "schedule": {"name": "cosine", "warmup": 0.05},
+        "train": {"batch_size": batch, "patch_size": None, "ema": 0.99, "foreground": 0.0, "epochs": 60},
+        "inference": {"overlap": 0.0},
+    }
+
+
+def _classification_size(fingerprint: Fingerprint, gpu: bool) -> list[int]:
+    """Small images keep their size; larger ones come to a common one that the machine can train in the time."""
+    shape = fingerprint.shape_median
+    if max(shape) <= SMALL_IMAGE and fingerprint.shape_min == fingerprint.shape_max:
+        return [int(n) for n in shape]
+    if fingerprint.ndim == 2:
+        largest = 224 if gpu else 128
+        side = min(largest, max(32, math.ceil(max(shape) / 32) * 32))
+        return [side, side]
+    scale = min(1.0, ((96**3 if gpu else 48**3) / math.prod(shape)) ** (1 / 3))
+    return [max(16, round(n * scale / 8) * 8) for n in shape]

@@ -1,0 +1,336 @@
+"""Who won, and by how much: candidates, their scores case by case, the choice, the gain.
+
+The choice is made on validation cases alone. The gain over trial 0, retrained with the champion's own budget, is
+measured on test cases, which were used for no choice; where there are none, on validation, and called optimistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from medray.data.image import Image
+from medray.data.manifest import IGNORE, Case, TaskKind
+from medray.data.preprocess import Preprocessor
+from medray.data.readers import read_case
+from medray.learn.intervals import Interval, bootstrap, paired_bootstrap
+from medray.learn.metrics import dice_per_class, hd95_per_class
+from medray.models.catalogue import lookup
+from medray.predict.calibration import fit_temperature, sample_voxels
+from medray.predict.postprocess import keep_largest
+from medray.predict.predictor import Floats, probabilities
+from medray.predict.sliding import classify
+from medray.train.precision import resolve_device
+from medray.workflows.judging import Direction, all_metrics, measure, predictor_of, segment_prepared
+from medray.workflows.recipe import Recipe
+from medray.workflows.training import Trained, new_model, outputs
+
+Corrupt = Callable[[Image], Image]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One network, or several whose probabilities are averaged."""
+
+    name: str
+    members: tuple[Trained, ...]
+
+    @property
+    def lead(self) -> Trained:
+        """The member whose experiment says how images are prepared and windows laid; all members agree on that."""
+        return self.members[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one candidate did on N cases.
+
+    Attributes:
+        indices: of the manifest's cases.
+        groups: (N,) the patient of each.
+        dice, hd95: (N, K - 1) per foreground class, NaN where it is absent in both; segmentation.
+        logits, targets: (N, K) and (N,) or (N, K); classification. Voxel samples for calibration in segmentation.
+    """
+
+    kind: TaskKind
+    indices: tuple[int, ...]
+    groups: npt.NDArray[np.str_]
+    dice: npt.NDArray[np.float64] | None = None
+    hd95: npt.NDArray[np.float64] | None = None
+    logits: Floats | None = None
+    targets: npt.NDArray[np.int64] | None = None
+    metric: str = "dice"
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """What :attr:`statistic` takes: rows are cases."""
+        if self.kind == "segmentation":
+            assert self.dice is not None
+            return (self.dice,)
+        assert self.logits is not None and self.targets is not None
+        return self.targets, probabilities(self.logits, self.kind)
+
+    def statistic(self, *arrays: npt.NDArray[Any]) -> float:
+        """The study's metric of some rows; NaN where it isn't defined."""
+        return measure(self.kind, self.metric, *arrays)
+
+    @property
+    def value(self) -> float:
+        """The study's metric over all cases."""
+        return self.statistic(*self.arrays)
+
+    def interval(self) -> Interval:
+        """The value with its 95 % bootstrap interval over patients."""
+        return bootstrap(self.arrays, self.statistic, groups=self.groups)
+
+    def intervals(self) -> dict[str, Interval]:
+        """Every metric that a report shows, each with its interval."""
+        if self.kind == "segmentation":
+            found = {"dice": self.interval()}
+            if self.hd95 is not None:
+                found["hd95"] = bootstrap(self.hd95, _nanmean, groups=self.groups)
+            return found
+        names = all_metrics(self.kind, *self.arrays)
+        return {
+            name: bootstrap(self.arrays, partial(measure, self.kind, name), groups=self.groups, n=500) for name in names
+        }
+
+
+def _nanmean(table: npt.NDArray[Any]) -> float:
+    finite = table[np.isfinite(table)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
+def candidates_of(recipe: Recipe, finalists: Sequence[tuple[str, Trained]], *, ensemble: bool) -> list[Candidate]:
+    """The finalists, and what can be made of them without further training.
+
+    Average: probabilities of all finalists that see images alike. Soup: the mean of the weights (Wortsman et al., Model
+    soups, ICML 2022), of finalists with the same network and no batch statistics.
+    """
+    found = [Candidate(name=name, members=(trained,)) for name, trained in finalists]
+    if not ensemble or len(finalists) < 2:
+        return found
+    lead = finalists[0][1]
+    alike = [trained for _, trained in finalists if _sees_alike(trained, lead)]
+    if len(alike) > 1:
+        found.append(Candidate(name=f"average of {len(alike)}", members=tuple(alike)))
+        same = [trained for trained in alike if trained.experiment.model == lead.experiment.model]
+        soup = _soup(recipe, same) if len(same) > 1 else None
+        if soup is not None:
+            found.append(Candidate(name=f"soup of {len(same)}", members=(soup,)))
+    return found
+
+
+def _sees_alike(one: Trained, other: Trained) -> bool:
+    a, b = one.experiment, other.experiment
+    return a.preprocess == b.preprocess and a.train.patch_size == b.train.patch_size and a.inference == b.inference
+
+
+def _soup(recipe: Recipe, members: Sequence[Trained]) -> Trained | None:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in members[0].model.modules()):
+        return None
+    lead = members[0]
+    states = [member.model.state_dict() for member in members]
+    mean = {
+        name: torch.stack([state[name].float() for state in states]).mean(0).to(value.dtype)
+        for name, value in states[0].items()
+    }
+    model = new_model(lead.experiment, recipe.manifest)
+    model.load_state_dict(mean)
+    return Trained(model=model.eval(), experiment=lead.experiment, fit=lead.fit, directory=lead.directory)
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    dice: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    hd95: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    logits: list[Floats] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
+
+
+def score(
+    recipe: Recipe,
+    candidates: Sequence[Candidate],
+    indices: Sequence[int],
+    *,
+    metric: str,
+    corrupt: Corrupt | None = None,
+    distances: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Scores]:
+    """Score candidates on cases, each on the image's own grid, each network running once a case whoever shares it.
+
+    Args:
+        recipe: whence the cases.
+        candidates: of :func:`candidates_of`.
+        indices: of the manifest's cases.
+        metric: the study's objective without its ``val/``.
+        corrupt: applied to an image as read, before preparation.
+        distances: measure HD95 too (it costs more than Dice).
+        stop: asked before each case; True ends early, with the cases so far.
+    """
+    manifest = recipe.manifest
+    kind, classes = manifest.task, outputs(manifest)
+    tallies = {candidate.name: _Tally() for candidate in candidates}
+    done: list[int] = []
+    members = {id(member): member for candidate in candidates for member in candidate.members}
+    predictors = {
+        key: predictor_of(member.model, member.experiment, resolve_device(member.experiment.device))
+        for key, member in members.items()
+    }
+    for index in indices:
+        if done and stop():
+            break
+        case = manifest.cases[index]
+        image, mask, valid = read_case(case, Path(manifest.root))
+        image = corrupt(image) if corrupt else image
+        answers: dict[int, Floats] = {}
+        prepared: dict[str, tuple[Floats, Any]] = {}
+        for key, member in members.items():
+            how = member.experiment.preprocess.model_dump_json()
+            if how not in prepared:
+                preprocessor = Preprocessor(
+                    member.experiment.preprocess, ndim=manifest.ndim, channels=manifest.channels
+                )
+                prepared[how] = preprocessor.prepare(image)
+            array, geometry = prepared[how]
+            if kind == "segmentation":
+                answers[key] = segment_prepared(predictors[key], array, member.experiment)
+            else:
+                flips = member.experiment.augment.flip_axes if member.experiment.inference.tta else ()
+                answers[key] = classify(predictors[key], array[None], flip_axes=flips)[0]
+        for candidate in candidates:
+            tally = tallies[candidate.name]
+            parts = [answers[id(member)] for member in candidate.members]
+            if kind != "segmentation":
+                tally.logits.append(_mean_logits(parts, kind))
+                tally.targets.append(case.label)
+                continue
+            assert mask is not None
+            lead = candidate.lead.experiment
+            preprocessor = Preprocessor(lead.preprocess, ndim=manifest.ndim, channels=manifest.channels)
+            array, geometry = prepared[lead.preprocess.model_dump_json()]
+            mean = _mean(parts)
+            labels: npt.NDArray[Any] = preprocessor.restore_argmax(mean, geometry)
+            if lead.inference.keep_largest:
+                labels = keep_largest(labels, classes)
+            truth = np.asarray(mask.array)
+            if valid is not None:
+                truth = np.where(np.asarray(valid.array) > 0, truth, IGNORE)
+            tally.dice.append(dice_per_class(labels, truth, classes))
+            if distances:
+                spacing = image.spacing or (1.0,) * manifest.ndim
+                tally.hd95.append(hd95_per_class(labels, truth, classes, spacing))
+            target = preprocessor.prepare_mask(mask, geometry, valid)
+            logits, targets = sample_voxels(mean, target, count=2000, seed=index)
+            tally.logits.append(logits)
+            tally.targets.append(targets)
+        done.append(index)
+    return {name: _collect(kind, metric, tally, done, manifest.cases) for name, tally in tallies.items()}
+
+
+def _collect(kind: TaskKind, metric: str, tally: _Tally, done: list[int], cases: Sequence[Case]) -> Scores:
+    groups = np.asarray([cases[index].group for index in done])
+    if kind == "segmentation":
+        return Scores(
+            kind=kind,
+            metric=metric,
+            indices=tuple(done),
+            groups=groups,
+            dice=np.stack(tally.dice),
+            hd95=np.stack(tally.hd95) if tally.hd95 else None,
+            logits=np.concatenate(tally.logits),
+            targets=np.concatenate(tally.targets),
+        )
+    return Scores(
+        kind=kind,
+        metric=metric,
+        indices=tuple(done),
+        groups=groups,
+        logits=np.stack(tally.logits),
+        targets=np.asarray(tally.targets, dtype=np.int64),
+    )
+
+
+def _mean(parts: Sequence[Floats]) -> Floats:
+    """Mean of probabilities, without holding more than one sum."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total if len(parts) == 1 else total / np.float32(len(parts))
+
+
+def _mean_logits(parts: Sequence[Floats], kind: TaskKind) -> Floats:
+    """Logits of the mean probability; as :class:`medray.bundle.ensemble.EnsembleModel` gives them."""
+    if len(parts) == 1:
+        return parts[0]
+    mean = np.mean([probabilities(part[None], kind)[0] for part in parts], axis=0)
+    mean = np.clip(mean, 1e-12, 1.0 - 1e-12)
+    return (np.log(mean) - np.log1p(-mean) if kind == "multilabel" else np.log(mean)).astype(np.float32)
+
+
+def choose(scores: Mapping[str, Scores], first: str, direction: Direction) -> str:
+    """The candidate with the best validation score; on a tie the smaller log loss, then the earlier one.
+
+    Args:
+        scores: by candidate, on validation cases.
+        first: who wins where no score is defined.
+        direction: of the metric, ``max`` or ``min``.
+    """
+    defined = [name for name, found in scores.items() if np.isfinite(found.value)]
+    if not defined:
+        return first
+    sign = 1.0 if direction == "max" else -1.0
+
+    def rank(name: str) -> tuple[float, float]:
+        found = scores[name]
+        tie = 0.0 if found.kind == "segmentation" else -measure(found.kind, "log_loss", *found.arrays)
+        return sign * round(found.value, 6), tie
+
+    return max(defined, key=rank)
+
+
+def temperature_of(scores: Scores) -> float:
+    """Temperature fitted on validation cases."""
+    assert scores.logits is not None and scores.targets is not None
+    return fit_temperature(scores.logits, scores.targets, scores.kind)
+
+
+def difference(champion: Scores, default: Scores) -> Interval:
+    """Champion minus default, with a 95 % interval of the paired bootstrap over patients."""
+    return paired_bootstrap(champion.arrays, default.arrays, champion.groups, champion.statistic)
+
+
+def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray[Any]:
+    """The label map of one image, on its own grid."""
+    manifest, lead = recipe.manifest, candidate.lead.experiment
+    preprocessor = Preprocessor(lead.preprocess, ndim=manifest.ndim, channels=manifest.channels)
+    array, geometry = preprocessor.prepare(image)
+    parts = [
+        segment_prepared(predictor_of(m.model, m.experiment, resolve_device(m.experiment.device)), array, m.experiment)
+        for m in candidate.members
+    ]
+    labels = preprocessor.restore_argmax(_mean(parts), geometry)
+    return keep_largest(labels, outputs(manifest)) if lead.inference.keep_largest else labels
+
+
+def divisor_of(candidate: Candidate, ndim: int) -> int:
+    """The multiple that each axis of a whole image must have."""
+    found = [lookup(m.experiment.model.name).divisor(m.experiment.model, ndim) for m in candidate.members]
+    return int(np.lcm.reduce(found))
+
+
+def spread(indices: Iterable[int], count: int) -> list[int]:
+    """At most ``count`` of the indices, evenly spread."""
+    chosen = list(indices)
+    if len(chosen) <= count:
+        return chosen
+    return [chosen[i] for i in np.linspace(0, len(chosen) - 1, count).round().astype(int)]

@@ -1,0 +1,339 @@
+"""The study's last stage: choose the champion, measure it, write the bundle, fill the report."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medray import __version__
+from medray.bundle.spec import INTENDED_USE, InferenceSpec
+from medray.bundle.write import write_bundle
+from medray.config.schema import StudyConfig
+from medray.data.image import Image
+from medray.learn.corrupt import CORRUPTIONS, Corruption, corrupt
+from medray.learn.intervals import Interval as Estimate
+from medray.learn.intervals import bootstrap
+from medray.predict.postprocess import fit_thresholds
+from medray.predict.predictor import probabilities
+from medray.report.data import (
+    CandidateRow,
+    Gain,
+    Interval,
+    ReportData,
+    RobustnessRow,
+    SiteRow,
+    StudySummary,
+    TrialRow,
+)
+from medray.report.render import write_report
+from medray.search.trial import TrialRecord
+from medray.workflows import champion as choosing
+from medray.workflows.champion import Candidate, Scores
+from medray.workflows.clock import Clock
+from medray.workflows.judging import Direction
+from medray.workflows.planning import dump
+from medray.workflows.recipe import Recipe
+from medray.workflows.results import classification_results, data_summary, segmentation_results
+from medray.workflows.training import Trained
+
+ROBUSTNESS_CASES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What the last stage is made from."""
+
+    directory: Path
+    recipe: Recipe
+    study: StudyConfig
+    source: str
+    command: str
+    objective: tuple[str, Direction]
+    finalists: tuple[tuple[str, Trained], ...]
+    records: tuple[TrialRecord, ...]
+    importance: Mapping[str, float]
+    sampler: str
+    clock: Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concluded:
+    """Who won, and the report's first line."""
+
+    champion: str
+    headline: str
+
+
+def conclude(asked: Conclusion) -> Concluded:
+    """Choose on validation cases, measure on test cases, write ``bundle/``, ``report.html`` and ``leaderboard.csv``."""
+    recipe, directory = asked.recipe, asked.directory
+    metric, direction = asked.objective[0].removeprefix("val/"), asked.objective[1]
+    splits = recipe.splits(asked.finalists[0][1].experiment)
+    candidates = choosing.candidates_of(recipe, asked.finalists, ensemble=asked.study.ensemble)
+    on_validation = choosing.score(recipe, candidates, splits.val, metric=metric)
+    winner = choosing.choose(on_validation, candidates[0].name, direction)
+    champion = next(candidate for candidate in candidates if candidate.name == winner)
+    default = candidates[0]
+    temperature = choosing.temperature_of(on_validation[winner])
+
+    pair = [champion] if champion is default else [champion, default]
+    if splits.test:
+        began = time.monotonic()
+        measured = choosing.score(recipe, pair, splits.test, metric=metric, distances=True)
+        case_seconds = (time.monotonic() - began) / max(1, len(splits.test))
+    else:
+        began = time.monotonic()
+        measured = choosing.score(recipe, pair, splits.val, metric=metric, distances=True)
+        case_seconds = (time.monotonic() - began) / max(1, len(splits.val))
+    best, base = measured[champion.name], measured[default.name]
+    gain = _gain(metric, best, base, measured_on="test" if splits.test else "validation")
+    metrics = best.intervals()
+    headline = _headline(champion.name, metric, gain)
+    bundle_seconds = _write_bundle(asked, champion, temperature, on_validation[winner], metrics)
+    robustness = _robustness(asked, champion, splits.test or splits.val, metric, case_seconds)
+    classification = segmentation = None
+    if best.kind == "segmentation":
+        segmentation = segmentation_results(recipe, champion, best)
+    else:
+        classification = classification_results(recipe, best, temperature)
+    _leaderboard(directory / "leaderboard.csv", asked)
+    data = ReportData(
+        headline=headline,
+        intended_use=INTENDED_USE,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        data=data_summary(recipe, asked.source, splits),
+        study=_study_summary(asked, candidates, on_validation, winner),
+        gain=gain,
+        metrics={name: _interval(found) for name, found in metrics.items()},
+        sites=_sites(recipe, best),
+        robustness=robustness,
+        classification=classification,
+        segmentation=segmentation,
+        resources=_resources(asked, champion, case_seconds, bundle_seconds),
+        reproduce=_reproduce(asked, champion),
+    )
+    write_report(data, directory / "report.html")
+    return Concluded(champion=winner, headline=headline)
+
+
+def _interval(found: Estimate) -> Interval:
+    return Interval(value=found.value, low=found.low, high=found.high)
+
+
+def _gain(metric: str, best: Scores, base: Scores, *, measured_on: Any) -> Gain:
+    return Gain(
+        metric=metric,
+        default=_interval(base.interval()),
+        champion=_interval(best.interval()),
+        difference=_interval(choosing.difference(best, base)),
+        measured_on=measured_on,
+        cases=len(best.indices),
+        patients=len(set(best.groups.tolist())),
+    )
+
+
+def _headline(name: str, metric: str, gain: Gain) -> str:
+    got, more = gain.champion, gain.difference
+    where = "test" if not gain.optimistic else "validation (optimistic: these cases chose the champion)"
+    text = f"{name}: {metric} {got.value:.3f} (95 % CI {got.low:.3f} to {got.high:.3f}) on {gain.cases} {where} cases"
+    if name == "default":
+        return f"{text}; the search found nothing better than the plan's own default"
+    return f"{text}; {more.value:+.3f} ({more.low:+.3f} to {more.high:+.3f}) over the plan's default"
+
+
+def _write_bundle(
+    asked: Conclusion,
+    champion: Candidate,
+    temperature: float,
+    validation: Scores,
+    metrics: Mapping[str, Estimate],
+) -> float:
+    recipe, lead = asked.recipe, champion.lead.experiment
+    manifest = recipe.manifest
+    thresholds = None
+    if manifest.task == "multilabel":
+        assert validation.logits is not None and validation.targets is not None
+        thresholds = fit_thresholds(probabilities(validation.logits, "multilabel", temperature), validation.targets)
+    began = time.monotonic()
+    write_bundle(
+        asked.directory / "bundle",
+        kind=manifest.task,
+        ndim=manifest.ndim,
+        channels=manifest.channels,
+        classes=manifest.classes,
+        modality=manifest.modality,
+        name=asked.study.name,
+        preprocess=lead.preprocess,
+        inference=InferenceSpec(
+            patch_size=lead.train.patch_size if manifest.task == "segmentation" else None,
+            divisor=choosing.divisor_of(champion, manifest.ndim),
+            overlap=lead.inference.overlap,
+            batch_size=max(1, min(4, lead.train.batch_size)),
+            flip_axes=lead.augment.flip_axes if lead.inference.tta else (),
+            keep_largest=lead.inference.keep_largest,
+        ),
+        models=[member.model for member in champion.members],
+        configs=[member.experiment.model for member in champion.members],
+        temperature=temperature,
+        thresholds=thresholds,
+        experiment=lead,
+        fingerprint=recipe.fingerprint,
+        metrics={
+            f"{name}{suffix}": None if not np.isfinite(value) else float(value)
+            for name, found in metrics.items()
+            for suffix, value in (("", found.value), ("_low", found.low), ("_high", found.high))
+        },
+        notes=(f"Trained by: {asked.command}", f"Champion: {champion.name}"),
+    )
+    return time.monotonic() - began
+
+
+def _robustness(
+    asked: Conclusion, champion: Candidate, indices: tuple[int, ...], metric: str, case_seconds: float
+) -> tuple[RobustnessRow, ...]:
+    """The champion on corrupted images: as many cases as a twentieth of the budget allows, at least four."""
+    rounds = 3 * len(CORRUPTIONS) + 1
+    allowed = max(asked.study.budget / 20, 5.0)
+    count = int(min(ROBUSTNESS_CASES, max(4, allowed / max(case_seconds, 1e-3) / rounds)))
+    if asked.recipe.manifest.task != "segmentation":
+        count = int(min(200, max(30, allowed / max(case_seconds, 1e-3) / rounds)))
+    chosen = choosing.spread(indices, count)
+    rows = []
+    plan: list[tuple[str, int, Any]] = [("none", 0, None)]
+    plan += [(name, level, _corruption(name, level)) for name in CORRUPTIONS for level in (1, 2, 3)]
+    for name, level, change in plan:
+        found = choosing.score(asked.recipe, [champion], chosen, metric=metric, corrupt=change)[champion.name]
+        rows.append(RobustnessRow(corruption=name, severity=level, score=_interval(found.interval())))
+    return tuple(rows)
+
+
+def _corruption(name: Corruption, severity: int) -> Any:
+    def change(image: Image) -> Image:
+        array = corrupt(torch.from_numpy(np.array(image.array)), name, severity, seed=0).numpy()
+        return replace(image, array=array)
+
+    return change
+
+
+def _sites(recipe: Recipe, scores: Scores) -> tuple[SiteRow, ...]:
+    sites = np.asarray([recipe.manifest.cases[index].site or "" for index in scores.indices])
+    names = sorted(set(sites.tolist()) - {""})
+    if len(names) < 2:
+        return ()
+    rows = []
+    for name in names:
+        chosen = np.flatnonzero(sites == name)
+        arrays = tuple(array[chosen] for array in scores.arrays)
+        found = bootstrap(arrays, scores.statistic, groups=scores.groups[chosen], n=500)
+        rows.append(SiteRow(site=name, cases=len(chosen), score=_interval(found)))
+    return tuple(rows)
+
+
+def _study_summary(
+    asked: Conclusion, candidates: list[Candidate], scores: Mapping[str, Scores], winner: str
+) -> StudySummary:
+    name, direction = asked.objective
+    curves: dict[str, tuple[tuple[float, float], ...]] = {}
+    for label, trained in asked.finalists:
+        points = [(row.get("seconds"), row.get(name)) for row in trained.fit.history]
+        curves[f"final: {label}"] = tuple((float(x), float(y)) for x, y in points if x is not None and y is not None)
+    for record in asked.records:
+        points = [(row.get("seconds"), (row.get("metrics") or {}).get(name)) for row in record.history]
+        line = tuple((float(x), float(y)) for x, y in points if x is not None and y is not None)
+        if line:
+            curves[f"trial {record.number}"] = line
+    return StudySummary(
+        name=asked.study.name,
+        objective=name,
+        direction=direction,
+        budget=asked.study.budget,
+        spent=asked.clock.spent,
+        stages=dict(asked.clock.stages),
+        sampler=asked.sampler,
+        pruner=asked.study.pruner,
+        trials=tuple(_trial_row(record) for record in asked.records),
+        candidates=tuple(
+            CandidateRow(name=c.name, validation=_interval(scores[c.name].interval()), chosen=c.name == winner)
+            for c in candidates
+        ),
+        importance=dict(asked.importance),
+        curves=curves,
+    )
+
+
+def _trial_row(record: TrialRecord) -> TrialRow:
+    note = "the plan's default" if record.is_default else ""
+    if record.error:
+        note = record.error.strip().splitlines()[-1][:300]
+    return TrialRow(
+        number=record.number,
+        state=record.state,
+        params=dict(record.params),
+        values=dict(record.metrics),
+        seconds=record.seconds,
+        note=note,
+    )
+
+
+def _resources(asked: Conclusion, champion: Candidate, case_seconds: float, bundle_seconds: float) -> dict[str, str]:
+    files = sum(path.stat().st_size for path in (asked.directory / "bundle").rglob("*") if path.is_file())
+    weights = sum(p.numel() for member in champion.members for p in member.model.parameters())
+    return {
+        "Wall clock": f"{asked.clock.spent:.0f} s of {asked.study.budget:.0f} s",
+        "Training of the champion": f"{sum(m.fit.seconds for m in champion.members):.0f} s, "
+        f"{sum(m.fit.steps for m in champion.members)} steps",
+        "Peak memory of training": f"{max(m.fit.peak_memory_mb for m in champion.members):.0f} MiB",
+        "Parameters": f"{weights:,}",
+        "Measuring one case, reading included": f"{case_seconds * 1000:.0f} ms",
+        "Bundle": f"{files / 2**20:.1f} MiB, written and verified in {bundle_seconds:.0f} s",
+        "Machine": asked.recipe.machine.note,
+    }
+
+
+def _reproduce(asked: Conclusion, champion: Candidate) -> dict[str, str]:
+    libraries = ("torch", "ray", "optuna", "monai", "timm", "onnxruntime-gpu", "numpy")
+    versions = [f"medray {__version__}", f"python {platform.python_version()}", platform.platform()]
+    for library in libraries:
+        try:
+            versions.append(f"{library} {metadata.version(library)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "Command": asked.command,
+        **{f"experiment.yaml of {member.directory.name}": dump(member.experiment) for member in champion.members},
+        "Data digest": asked.recipe.fingerprint.digest,
+        "Versions": "\n".join(versions),
+    }
+
+
+def _leaderboard(path: Path, asked: Conclusion) -> None:
+    """Trials, best first; the first row is the best of the search."""
+    name, direction = asked.objective
+    sign = -1.0 if direction == "max" else 1.0
+    ended = {"completed": 0, "pruned": 1, "failed": 2, "running": 3}
+    rows = sorted(asked.records, key=lambda r: (ended[r.state], sign * r.metrics.get(name, float("nan"))))
+    keys = sorted({key for record in rows for key in record.params})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "state", name, "seconds", *keys])
+        for record in rows:
+            value = record.metrics.get(name, "")
+            writer.writerow(
+                [
+                    record.number,
+                    record.state,
+                    value,
+                    f"{record.seconds:.1f}",
+                    *(record.params.get(key, "") for key in keys),
+                ]
+            )

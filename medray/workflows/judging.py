@@ -1,0 +1,119 @@
+"""How a model is judged: while it trains (cheaply, on the prepared grid), and at the end (on the image's own grid)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from medray.config.schema import Experiment
+from medray.data.cache import PreparedStore
+from medray.data.manifest import TaskKind
+from medray.learn.metrics import (
+    binary_auc,
+    classification_metrics,
+    dice_per_class,
+    macro,
+    mean_over_cases,
+    multilabel_metrics,
+)
+from medray.predict.predictor import Callback, Floats, probabilities
+from medray.predict.sliding import classify, segment
+from medray.predict.torch_runtime import TorchPredictor
+from medray.train.precision import resolve_precision
+
+Direction = Literal["max", "min"]
+Validate = Callable[[nn.Module], dict[str, float]]
+
+OBJECTIVE: dict[TaskKind, tuple[str, Direction]] = {
+    "segmentation": ("val/dice", "max"),
+    "classification": ("val/auc", "max"),
+    "multilabel": ("val/auc", "max"),
+}
+"""What a study looks for unless told otherwise."""
+
+
+def predictor_of(model: nn.Module, experiment: Experiment, device: torch.device) -> TorchPredictor:
+    """The network as a function of arrays, in the precision that it trains in."""
+    return TorchPredictor(model, device=device, precision=resolve_precision(experiment.train.precision, device))
+
+
+def segment_prepared(predictor: Callback, array: Any, experiment: Experiment) -> Floats:
+    """Probabilities (K, *spatial) of one prepared image (C, *spatial), by sliding window as the experiment says."""
+    return segment(
+        predictor,
+        np.asarray(array, dtype=np.float32),
+        patch_size=experiment.train.patch_size,
+        overlap=experiment.inference.overlap,
+        batch_size=max(1, min(4, experiment.train.batch_size)),
+        flip_axes=experiment.augment.flip_axes if experiment.inference.tta else (),
+    )
+
+
+def make_validate(
+    store: PreparedStore,
+    indices: Sequence[int],
+    experiment: Experiment,
+    *,
+    kind: TaskKind,
+    num_classes: int,
+    device: torch.device,
+) -> Validate:
+    """A function of the model that fit() calls: ``val/...`` metrics over the validation cases."""
+    if kind == "segmentation":
+
+        def validate_segmentation(model: nn.Module) -> dict[str, float]:
+            predictor = predictor_of(model, experiment, device)
+            rows = []
+            for index in indices:
+                labels = segment_prepared(predictor, store.image(index), experiment).argmax(axis=0)
+                mask = store.mask(index)
+                assert mask is not None
+                rows.append(dice_per_class(labels, np.asarray(mask), num_classes))
+            value = mean_over_cases(np.stack(rows))
+            return {"val/dice": value if np.isfinite(value) else 0.0}
+
+        return validate_segmentation
+
+    def validate_classification(model: nn.Module) -> dict[str, float]:
+        predictor = predictor_of(model, experiment, device)
+        arrays = np.stack([np.asarray(store.image(index), dtype=np.float32) for index in indices])
+        logits = classify(predictor, arrays, flip_axes=experiment.augment.flip_axes if experiment.inference.tta else ())
+        targets = np.asarray([store.label(index) for index in indices])
+        found = all_metrics(kind, targets, probabilities(logits, kind))
+        return {f"val/{name}": value for name, value in found.items()}
+
+    return validate_classification
+
+
+def all_metrics(kind: TaskKind, targets: npt.NDArray[Any], probability: npt.NDArray[Any]) -> dict[str, float]:
+    """Every metric of a classification task: see :mod:`medray.learn.metrics`."""
+    return (
+        multilabel_metrics(targets, probability)
+        if kind == "multilabel"
+        else classification_metrics(targets, probability)
+    )
+
+
+def measure(kind: TaskKind, metric: str, *arrays: npt.NDArray[Any]) -> float:
+    """One metric of some cases.
+
+    Args:
+        kind: of the task.
+        metric: ``dice``, or a key of :func:`all_metrics`.
+        arrays: (N, K - 1) Dice per class in segmentation; targets and probabilities (N, K) in classification.
+    """
+    if kind == "segmentation":
+        return mean_over_cases(arrays[0])
+    targets, probability = arrays
+    if metric == "auc":  # the one that is bootstrapped most
+        if kind == "multilabel":
+            return macro(binary_auc, targets, probability)
+        truth = np.eye(probability.shape[1])[targets]
+        shown = slice(1, 2) if probability.shape[1] == 2 else slice(None)
+        return macro(binary_auc, truth[:, shown], probability[:, shown])
+    return all_metrics(kind, targets, probability)[metric]

@@ -1,0 +1,468 @@
+"""``medray tune``: check, plan, search, fit the champion, report, bundle; within one wall-clock budget.
+
+    runs/<study>/
+      study.yaml        what was asked for; --resume reads it
+      manifest.json     fingerprint.json     experiment.yaml (trial 0: the plan's own default)
+      study.db          every trial, as Optuna stores it
+      trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial
+      final/<name>/     the finalists, trained with what remains of the budget
+      clock.json        what is spent     leaderboard.csv     report.html     result.json     bundle/
+
+Every stage reads the files of the one before and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medray.config.compose import compose
+from medray.config.schema import Experiment, StudyConfig
+from medray.data.manifest import TaskKind
+from medray.engines.ray.remote import call_all
+from medray.engines.ray.session import RaySession, ray_session, usable_cpus
+from medray.engines.ray.tune import run_trials
+from medray.errors import ConfigError, StudyError
+from medray.search.driver import StudyDriver
+from medray.search.space import Space
+from medray.search.trial import TrialEvent, TrialRecord
+from medray.workflows.clock import Clock
+from medray.workflows.conclusion import Conclusion, conclude
+from medray.workflows.events import Kind, Observer, StudyEvent
+from medray.workflows.judging import OBJECTIVE, Direction
+from medray.workflows.planning import describe, prepare_directory
+from medray.workflows.recipe import FIXED, Recipe
+from medray.workflows.training import Trained, load_trained, open_store
+from medray.workflows.trial import COSTS, FinalTask, TrialPayload, run_final, run_trial
+
+CLASSIFICATION_METRICS = ("auc", "accuracy", "balanced_accuracy", "f1", "log_loss", "brier", "average_precision")
+
+SHORTEST = 20.0
+"""Seconds under which a trial would measure little but its own start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """Where a study's fruits lie, and what they came to."""
+
+    directory: Path
+    report: Path
+    bundle: Path
+    champion: str
+    headline: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What was asked for, resolved; the same in every sitting of a study."""
+
+    source: str
+    explicit: dict[str, Any]
+    study: StudyConfig
+    space: dict[str, Any]
+    command: str
+
+
+def tune(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    resume: Path | None = None,
+    address: str | None = None,
+    runs: Path = Path("runs"),
+    observer: Observer | None = None,
+    started: float | None = None,
+) -> StudyResult:
+    """Run a study to its end, or go on with one.
+
+    Args:
+        path: a search space's file; None for ``--resume``.
+        overrides: ``data=DIR``, ``study.budget=1h``, ``optim.lr=1e-3``; on resume only ``study.trials`` and
+            ``study.budget`` may change.
+        resume: the folder of a study.
+        address: of a Ray cluster; None starts Ray on this machine.
+        runs: folder in which a new study's folder is made.
+        observer: hears of progress.
+        started: epoch seconds from which the budget counts; None for now.
+
+    Raises:
+        ConfigError, DataError, StudyError: before anything starts where that can be seen; each says what to do.
+    """
+    begun = time.time() if started is None else started
+    directory, asked = _resumed(resume, overrides) if resume else _new(path, overrides, runs)
+    clock = Clock(directory / "clock.json", asked.study.budget, started=begun)
+    return _Study(directory, asked, clock, observer).run(address)
+
+
+def _new(path: Path | None, overrides: Sequence[str], runs: Path) -> tuple[Path, Asked]:
+    composed = compose(path, overrides)
+    Space.parse(composed.space)
+    source = str(composed.explicit.get("data") or Experiment().data)
+    command = " ".join(["medray tune", *([str(path)] if path else []), *overrides])
+    asked = Asked(
+        source=source, explicit=composed.explicit, study=composed.study, space=composed.space, command=command
+    )
+    directory = runs / asked.study.name
+    number = 2
+    while directory.exists() and any(directory.iterdir()):  # what lies there is somebody's work
+        directory = runs / f"{asked.study.name}-{number}"
+        number += 1
+    directory.mkdir(parents=True, exist_ok=True)
+    _save_asked(directory, asked)
+    return directory, asked
+
+
+def _save_asked(directory: Path, asked: Asked) -> None:
+    text = yaml.safe_dump(
+        {
+            "command": asked.command,
+            "source": asked.source,
+            "explicit": asked.explicit,
+            "study": asked.study.model_dump(mode="json"),
+            "space": asked.space,
+        },
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    partial = directory / "study.yaml.part"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(directory / "study.yaml")
+
+
+def _resumed(directory: Path, overrides: Sequence[str]) -> tuple[Path, Asked]:
+    try:
+        stored = yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8"))
+        study = dict(stored["study"])
+        asked = Asked(
+            source=str(stored["source"]),
+            explicit=dict(stored["explicit"]),
+            study=StudyConfig.model_validate(study),
+            space=dict(stored["space"]),
+            command=str(stored["command"]),
+        )
+    except OSError as error:
+        raise StudyError(
+            f"{directory}: no study to resume ({error.strerror}). Give the folder that holds study.yaml"
+        ) from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise StudyError(f"{directory / 'study.yaml'} is damaged: {error}. Begin a new study") from None
+    if not overrides:
+        return directory, asked
+    composed = compose(None, overrides)
+    changed = {name: getattr(composed.study, name) for name in composed.study.model_fields_set}
+    if composed.explicit or composed.space or set(changed) - {"trials", "budget"}:
+        raise ConfigError(
+            "a resumed study may change study.trials and study.budget, nothing else: trials would not be comparable. "
+            "Begin a new study for other settings"
+        )
+    asked = Asked(
+        source=asked.source,
+        explicit=asked.explicit,
+        study=asked.study.model_copy(update=changed),
+        space=asked.space,
+        command=asked.command,
+    )
+    _save_asked(directory, asked)
+    return directory, asked
+
+
+class _Study:
+    """One sitting of a study."""
+
+    def __init__(self, directory: Path, asked: Asked, clock: Clock, observer: Observer | None) -> None:
+        self.directory, self.asked, self.clock = directory, asked, clock
+        self._observer = observer
+        self._best: float | None = None
+        self._values: list[float] = []
+
+    def run(self, address: str | None) -> StudyResult:
+        done = self.directory / "result.json"
+        if done.exists():
+            stored = json.loads(done.read_text(encoding="utf-8"))
+            self._tell("note", f"{self.directory} has ended already; its report stands")
+            return self._result(stored["champion"], stored["headline"])
+        # A local session's workers share the driver's cores; it starts while the data are being read.
+        concurrency, cpus, gpus = self._shares(None)
+        with ray_session(address=address, threads=cpus) as session:
+            if not session.is_local:
+                concurrency, cpus, gpus = self._shares(session)
+            session.warm(["medray.workflows.trial"], workers=concurrency)
+            self._prepare()
+            records, importance, sampler = self._search(concurrency, cpus, gpus)
+            finalists = self._final(records, session)
+        with self.clock.stage("choice, report, bundle"):
+            self._tell("stage", "choosing the champion, writing report and bundle")
+            conclusion = conclude(
+                Conclusion(
+                    directory=self.directory,
+                    recipe=self.recipe,
+                    study=self.asked.study,
+                    source=self.asked.source,
+                    command=self.asked.command,
+                    objective=self.objective,
+                    finalists=tuple(finalists),
+                    records=tuple(records),
+                    importance=importance,
+                    sampler=sampler,
+                    clock=self.clock,
+                )
+            )
+        (self.directory / "result.json").write_text(
+            json.dumps({"champion": conclusion.champion, "headline": conclusion.headline}), encoding="utf-8"
+        )
+        self._tell("done", conclusion.headline)
+        return self._result(conclusion.champion, conclusion.headline)
+
+    def _result(self, champion: str, headline: str) -> StudyResult:
+        return StudyResult(
+            directory=self.directory,
+            report=self.directory / "report.html",
+            bundle=self.directory / "bundle",
+            champion=champion,
+            headline=headline,
+        )
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Manifest, fingerprint, plan, prepared cases; the space is tried against the data before anything trains."""
+        with self.clock.stage("data and plan"):
+            if not (self.directory / "fingerprint.json").exists():
+                self._tell("stage", f"checking {self.asked.source}")
+                task = str((self.asked.explicit.get("task") or {}).get("kind", "auto"))
+                manifest, _ = prepare_directory(self.asked.source, self.directory, task=task)
+                for finding in manifest.findings[:5]:
+                    self._tell("note", f"{finding.severity}: {finding.message}. {finding.fix}")
+            cache = self.directory.parent / ".cache"
+            self.recipe = Recipe(directory=str(self.directory), explicit=self.asked.explicit, cache=str(cache))
+            default = self.recipe.experiment()
+            kind = self.recipe.manifest.task
+            self.objectives = self._objectives(kind)
+            self.objective = next(
+                ((name, way) for name, way in self.objectives.items() if name.startswith("val/")), OBJECTIVE[kind]
+            )
+            self.space = Space.parse(self.asked.space)
+            for key in self.asked.space:
+                if key.split(".")[0] in FIXED:
+                    self.recipe.experiment({key: None})
+            self.space.validate(self.recipe.experiment)
+            text = describe(default, self.recipe.fingerprint, self.recipe.machine)
+            (self.directory / "experiment.yaml").write_text(text, encoding="utf-8")
+            self._tell("stage", f"preparing {len(self.recipe.manifest.cases)} cases")
+            self.recipe.splits(default)
+            open_store(self.recipe, default)
+
+    def _objectives(self, kind: TaskKind) -> dict[str, Direction]:
+        asked = dict(self.asked.study.objectives) or dict([OBJECTIVE[kind]])
+        known = ["val/dice"] if kind == "segmentation" else [f"val/{name}" for name in CLASSIFICATION_METRICS]
+        for name in asked:
+            if name not in known and name not in COSTS:
+                raise ConfigError(
+                    f"study.objectives: {name!r} is not measured for {kind}; choose from {', '.join([*known, *COSTS])}"
+                )
+        if not any(name in known for name in asked):
+            raise ConfigError(f"study.objectives: name at least one of {', '.join(known)}; costs alone choose no model")
+        return asked
+
+    def _search(self, concurrency: int, cpus: int, gpus: float) -> tuple[list[TrialRecord], Mapping[str, float], str]:
+        study = self.asked.study
+        if study.trials == 1 or not len(self.space):
+            return [], {}, "none: the plan's default alone"
+        left = study.budget * study.search_share - sum(
+            self.clock.stages.get(name, 0.0) for name in ("data and plan", "search")
+        )
+        with self.clock.stage("search"), self._driver() as driver:
+            if driver.has_next and left > SHORTEST / 2:
+                seconds = self._trial_seconds(left, concurrency)
+                self._tell(
+                    "stage", f"searching: up to {study.trials} trials of {seconds:.0f} s, {concurrency} at a time"
+                )
+                costs = tuple(name for name in self.objectives if name in COSTS)
+                run_trials(
+                    driver,
+                    run_trial,
+                    directory=self.directory,
+                    cpus_per_trial=cpus,
+                    gpus_per_trial=gpus,
+                    concurrency=concurrency,
+                    trial_seconds=seconds,
+                    deadline=time.time() + left,
+                    payload=TrialPayload(recipe=self.recipe, objective=self.objective, costs=costs),
+                    on_event=self._on_trial,
+                )
+            return driver.records(), dict(driver.importance().shares), driver.sampler_name
+
+    def _driver(self) -> StudyDriver:
+        tree = self.recipe.experiment().model_dump(mode="json")
+        defaults: dict[str, Any] = {}
+        for parameter in self.space:
+            value: Any = tree
+            for part in parameter.path.split("."):
+                value = value[part] if isinstance(value, dict) else None
+            defaults[parameter.path] = value
+        return StudyDriver(self.space, self.asked.study, self.objectives, self.directory, defaults)
+
+    def _trial_seconds(self, left: float, concurrency: int) -> float:
+        """What one trial may train for.
+
+        Half the trials or so are pruned at a third of their schedule or before, so the search has room for about 1.8
+        times as many as would fit whole; and few long trials tell more than many that learnt nothing.
+        """
+        study = self.asked.study
+        wanted = min(study.trials, max(3, round(math.sqrt(left / SHORTEST) * 2)))
+        return max(SHORTEST / 2, min(left / 2.2, 1.8 * left * concurrency / wanted))
+
+    def _final(self, records: Sequence[TrialRecord], session: RaySession) -> list[tuple[str, Trained]]:
+        """Train trial 0's experiment, and the best trial's where that is another, with what remains: each as long."""
+        best = self._best_record(records)
+        plans: list[tuple[str, Mapping[str, Any]]] = [("default", {})]
+        if best is not None and not best.is_default:
+            plans.append((f"trial-{best.number}", best.params))
+        finish = self._finish_seconds(records, len(plans))
+        left = self.clock.left - finish
+        parallel = len(plans) if session.gpus >= len(plans) else 1
+        with self.clock.stage("final fit"):
+            if left * parallel / len(plans) < SHORTEST / 2:
+                self._tell("note", "no time is left for a final fit: the trials' own networks stand")
+                return self._as_searched(records, best)
+            tasks = []
+            for position, (name, params) in enumerate(plans):
+                share = left if parallel > 1 else (self.clock.left - finish) / (len(plans) - position)
+                tasks.append(self._final_task(name, params, share))
+                if parallel == 1:
+                    self._tell("stage", f"final fit of {name}: {share:.0f} s")
+                    self._run_final(tasks[-1:], session, parallel)
+            if parallel > 1:
+                self._tell("stage", f"final fit of {len(tasks)} networks at once: {left:.0f} s")
+                self._run_final(tasks, session, parallel)
+        found = [(name, load_trained(self.recipe, self.directory / "final" / name)) for name, _ in plans]
+        return [(name, trained) for name, trained in found if trained is not None]
+
+    def _final_task(self, name: str, params: Mapping[str, Any], seconds: float) -> FinalTask:
+        return FinalTask(
+            recipe=self.recipe,
+            params=dict(params),
+            objective=self.objective,
+            directory=str(self.directory / "final" / name),
+            seconds=seconds,
+            deadline=time.time() + seconds + 5.0,
+        )
+
+    def _run_final(self, tasks: Sequence[FinalTask], session: RaySession, parallel: int) -> None:
+        gpus = 1 if session.gpus >= 1 else 0
+        cpus = usable_cpus() if session.is_local else max(1, min(8, int(session.cpus)))
+        call_all(
+            run_final,
+            tasks,
+            cpus=max(1, cpus // parallel),
+            gpus=gpus,
+            while_waiting=lambda: self.clock.save(every=2.0),
+        )
+
+    def _as_searched(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> list[tuple[str, Trained]]:
+        found: list[tuple[str, Trained]] = []
+        for record in (records[0] if records else None, best):
+            if record is None or any(name == f"trial-{record.number}" for name, _ in found):
+                continue
+            trained = load_trained(self.recipe, Path(record.directory))
+            if trained is not None:
+                found.append(("default" if record.is_default else f"trial-{record.number}", trained))
+        if not found:
+            raise StudyError(
+                f"the budget of {self.asked.study.budget:.0f} s was over before one network was trained. "
+                f"Give it more: medray tune --resume {self.directory} study.budget=..."
+            )
+        return found
+
+    def _best_record(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
+        name, direction = self.objective
+        position = list(self.objectives).index(name) if name in self.objectives else 0
+        sign = 1.0 if direction == "max" else -1.0
+        completed = [record for record in records if record.values is not None]
+        return max(completed, key=lambda record: sign * record.values[position], default=None)  # type: ignore[index]
+
+    def _finish_seconds(self, records: Sequence[TrialRecord], networks: int) -> float:
+        """What choice, report and bundle will take: an upper guess from the share that this has taken before."""
+        splits = self.recipe.splits(self.recipe.experiment())
+        cases = len(splits.val) + len(splits.test)
+        per_case = 0.25 if self.recipe.manifest.task == "segmentation" else 0.02
+        timed = [float(r.extras["case_seconds"]) for r in records if "case_seconds" in r.extras]
+        if timed:
+            per_case = max(timed)
+        return 18.0 + 8.0 * networks + 1.3 * per_case * cases * networks
+
+    # Resources and events --------------------------------------------------------------------------------------------
+
+    def _shares(self, session: RaySession | None) -> tuple[int, int, float]:
+        """Trials at once, CPUs and GPUs of each."""
+        cpus = int(session.cpus) if session else usable_cpus()
+        gpus = session.gpus if session else float(Recipe(directory="", explicit={}, cache="").machine.gpus)
+        if gpus >= 1:
+            concurrency = self.asked.study.concurrency or int(gpus)
+            return concurrency, max(1, cpus // max(concurrency, 1)), min(1.0, gpus / concurrency)
+        # Two processes on two cores give 1.13 times the throughput of one with two threads, but half the pace of each
+        # trial: from four cores on, trials run side by side.
+        concurrency = self.asked.study.concurrency or max(1, cpus // 2)
+        concurrency = min(concurrency, max(1, cpus))
+        return concurrency, max(1, cpus // concurrency), 0.0
+
+    def _on_trial(self, event: TrialEvent) -> None:
+        kinds: dict[str, Kind] = {
+            "started": "trial-started",
+            "progress": "trial-progress",
+            "retried": "note",
+            "pruned": "trial-pruned",
+            "completed": "trial-completed",
+            "failed": "trial-failed",
+        }
+        name, direction = self.objective
+        value = event.metrics.get(name)
+        if value is not None and math.isfinite(value):
+            better = max if direction == "max" else min
+            self._best = value if self._best is None else better(self._best, value)
+            if event.kind == "completed":
+                self._values.append(value)
+        self.clock.save(every=2.0)
+        self._tell(
+            kinds[event.kind], event.message, trial=event.number, fraction=event.fraction, metrics=dict(event.metrics)
+        )
+
+    def _tell(self, kind: Kind, text: str = "", **more: Any) -> None:
+        if self._observer is None:
+            return
+        self._observer(
+            StudyEvent(
+                kind=kind,
+                text=text,
+                best=self._best,
+                elapsed=self.clock.spent,
+                budget=self.clock.budget,
+                expected_gain=expected_gain(self._values, self.objective[1]) if self._values else None,
+                **more,
+            )
+        )
+
+
+def expected_gain(values: Sequence[float], direction: Direction) -> float | None:
+    """What one more trial is expected to add to the best value: expected improvement under a normal fit to the values.
+
+    The closed form of Jones et al. (Efficient global optimization, 1998). None from fewer than four values.
+    """
+    if len(values) < 4:
+        return None
+    sign = 1.0 if direction == "max" else -1.0
+    signed = [sign * value for value in values]
+    mean = sum(signed) / len(signed)
+    std = math.sqrt(sum((v - mean) ** 2 for v in signed) / (len(signed) - 1))
+    if std == 0.0:
+        return 0.0
+    z = (mean - max(signed)) / std
+    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return std * (z * 0.5 * (1 + math.erf(z / math.sqrt(2))) + density)
