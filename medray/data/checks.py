@@ -10,7 +10,7 @@
 | geometry | error | mask, region or channels of another shape, spacing or place than the image |
 | label-range | error | a label that no class has |
 | target | error, in a test split warning | no label or mask |
-| duplicate | error across given splits, else warning | the same pixels twice |
+| duplicate | warning | the same pixels twice, within a split or across (published sets have such) |
 | leak | error | the same patient in two splits |
 | no-cases | error where only training lacks it, else warning | a class without cases |
 | spacing | warning | a voxel size far from the others' |
@@ -74,7 +74,7 @@ def require_sound(manifest: Manifest, *, strict: bool = False) -> None:
     """Refuse a manifest with errors (``strict``: with any finding).
 
     Raises:
-        LeakError: a patient or an image stands on two sides of a split.
+        LeakError: a patient stands on two sides of a split.
         DataError: any other error.
     """
     bad = [f for f in manifest.findings if strict or f.severity == "error"]
@@ -85,7 +85,7 @@ def require_sound(manifest: Manifest, *, strict: bool = False) -> None:
         for f in bad[:_SHOWN]
     ]
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    leaks = any(f.rule == "leak" or (f.rule == "duplicate" and f.severity == "error") for f in bad)
+    leaks = any(f.rule == "leak" for f in bad)
     text = f"{manifest.source}: {len(bad)} finding{'s' * (len(bad) > 1)} to resolve:\n" + "\n".join(lines) + more
     raise (LeakError if leaks else DataError)(text)
 
@@ -108,7 +108,9 @@ def _look(manifest: Manifest, case: Case, root: Path) -> _Seen:
         try:
             images.append(read_image(reference, root))
         except UnreadableError as error:
-            seen.findings.append(_error("unreadable", case, str(error), "copy the file anew, or remove the case"))
+            seen.findings.append(
+                _error("unreadable", case, str(error), "repair or replace the file, or remove the case")
+            )
             return seen
     first = images[0]
     for other in images[1:]:
@@ -253,7 +255,9 @@ def _duplicates(manifest: Manifest, seen: list[_Seen]) -> Iterator[Finding]:
         odd = " with different labels" if len(targets) > 1 else ""
         if len(splits) > 1:
             text = f"the same image stands in {' and '.join(splits)}{odd}: {names}"
-            yield _error("duplicate", cases[0], text, "keep it in one split")
+            yield _warning(
+                "duplicate", cases[0], text, "keep it in one split: it makes the score of the other optimistic"
+            )
         else:
             groups_differ = len({case.group for case in cases}) > 1
             risk = ", and may fall on both sides of a split" if groups_differ and not splits else ""

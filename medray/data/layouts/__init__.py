@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medray.data.layouts.base import Draft, finish, images_under
-from medray.data.layouts.dicom import draft_patients, draft_series_table, holds_dicom, patient_table
+from medray.data.layouts.dicom import draft_patients, holds_dicom, patient_table, resolve_series
 from medray.data.layouts.folders import draft_classes, draft_pairs, has_classes, has_pairs
 from medray.data.layouts.medmnist import draft_medmnist
 from medray.data.layouts.nnunet import draft_nnunet
@@ -56,9 +56,7 @@ def build_manifest(source: str, *, task: str = "auto", progress: Progress | None
 
 def _file(source: str, path: Path, task: str, progress: Progress | None, naming: dict[str, str]) -> Draft:
     if is_table(path):
-        if holds_dicom(path.parent):
-            return draft_series_table(path, task, progress, naming)
-        return draft_table(path, task, naming)
+        return resolve_series(draft_table(path, task, naming), progress)
     if path.suffix.lower() == ".json":
         return draft_nnunet(source, path, task)
     if path.suffix.lower() == ".npz":

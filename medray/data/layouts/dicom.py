@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medray.data.layouts.base import Draft, relative, suffix_of, unique_ids, visible
-from medray.data.layouts.table import draft_table, is_table, read_table, whole_number
+from medray.data.layouts.base import DICOMS, Draft, by_name, relative, split_of, suffix_of, unique_ids, visible
+from medray.data.layouts.table import columns, is_table, read_table, whole_number
 from medray.data.manifest import Case
 from medray.data.sweep import Progress, sweep
 from medray.errors import DataError, MissingDependencyError
 
-_DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 _NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "FID"}
 
 
@@ -50,7 +49,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 def _is_dicom(path: Path) -> bool:
     """By its ending, or by the mark behind the preamble where there is none that means something else."""
-    if path.name.lower().endswith(_DICOM_ENDINGS):
+    if path.name.lower().endswith(DICOMS):
         return True
     if (
         suffix_of(path)
@@ -111,8 +110,6 @@ def series_under(folder: Path, progress: Progress | None = None) -> list[Series]
 
 def patient_table(folder: Path) -> Path | None:
     """The one table in a DICOM tree's root that has ``label`` for each ``patient`` and no ``image``."""
-    from medray.data.layouts.table import columns
-
     fitting = []
     for path in visible(folder):
         if path.is_file() and is_table(path):
@@ -124,19 +121,26 @@ def patient_table(folder: Path) -> Path | None:
     return fitting[0] if fitting else None
 
 
-def draft_series_table(table: Path, task: str, progress: Progress | None, naming: dict[str, str]) -> Draft:
-    """A table in a DICOM tree: ``image`` may be a SeriesInstanceUID; the header names the patient if it doesn't.
+def resolve_series(draft: Draft, progress: Progress | None) -> Draft:
+    """Find the series that a table names by SeriesInstanceUID, and the patients that it leaves to the headers.
 
-    Raises:
-        DataError: as for any table.
+    The tree is only searched where a row names no plain picture or volume.
     """
-    draft = draft_table(table, task, naming)
     root = draft.root
+
+    def needs(reference: str) -> bool:
+        if "://" in reference or ".npz#" in reference:
+            return False
+        path = root / reference
+        return not path.is_file() or (_is_dicom(path) and suffix_of(path) in ("", *DICOMS))
+
+    if not any(needs(reference) for case in draft.cases for reference in case.images):
+        return draft
     series = {s.uid: s for s in series_under(root, progress)}
     by_reference = {s.reference(root): s for s in series.values()}
     cases = []
     for case in draft.cases:
-        found = [series.get(i) or by_reference.get(i) for i in case.images]
+        found = [series.get(i) or by_reference.get(i.rstrip("/")) for i in case.images]
         images = tuple(s.reference(root) if s else i for s, i in zip(found, case.images, strict=True))
         patient = case.patient or next((s.patient for s in found if s), "")
         cases.append(case.model_copy(update={"images": images, "patient": patient}))
@@ -167,8 +171,6 @@ def draft_patients(source: str, folder: Path, table: Path, task: str, progress: 
         raise DataError(
             f"{table}: none of its {len(rows)} patients is a PatientID in {folder}. Correct the column 'patient'"
         )
-    from medray.data.layouts.base import by_name, split_of
-
     labels = {patient: whole_number(row["label"]) for patient, row in rows.items()}
     classes = by_name([labels[s.patient] for s in found if labels[s.patient]])
     ids = unique_ids((s.folder.name, s.reference(root)) for s in found)

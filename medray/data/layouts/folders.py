@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from medray.data.layouts.base import (
+    DICOMS,
     Draft,
     ask_task,
     images_under,
@@ -16,6 +17,7 @@ from medray.data.layouts.base import (
     split_of,
     stem_of,
     subfolders,
+    suffix_of,
     unique_ids,
 )
 from medray.data.layouts.dicom import holds_dicom, series_under
@@ -41,10 +43,10 @@ _WORDS = "masks?|seg|segmentation|labels?|gt|annotation|manual\\d?|image|img|fov
 
 
 def _sides(folder: Path) -> list[tuple[Split | None, Path]]:
-    """(split, folder): the folders named for splits, or the folder itself where there are none."""
+    """(split, folder): the folders named for splits, training first, or the folder itself where there are none."""
     named = [(split_of(p.name), p) for p in subfolders(folder)]
-    sides = [(split, p) for split, p in named if split is not None]
-    return sides if any(split == "train" for split, _ in sides) else [(None, folder)]
+    sides = [(split, p) for wanted in ("train", "val", "test") for split, p in named if split == wanted]
+    return sides if sides and sides[0][0] == "train" else [(None, folder)]
 
 
 def _child(folder: Path, names: tuple[str, ...], meaning: str) -> Path | None:
@@ -139,7 +141,7 @@ def draft_classes(source: str, path: Path, task: str, progress: Progress | None)
     units: dict[tuple[Split | None, str], list[tuple[str, str]]] = defaultdict(list)
     for split, side in _sides(root):
         for folder in subfolders(side):
-            files = [p for p in images_under(folder) if not p.name.lower().endswith((".dcm", ".dicom", ".ima"))]
+            files = [p for p in images_under(folder) if suffix_of(p) not in DICOMS]
             units[split, folder.name] += [(relative(p, root), "") for p in files]
             if holds_dicom(folder):
                 units[split, folder.name] += [(s.reference(root), s.patient) for s in series_under(folder, progress)]

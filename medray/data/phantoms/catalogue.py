@@ -227,7 +227,9 @@ def _label(spec: PhantomSpec, flags: tuple[int, ...]) -> int | tuple[int, ...] |
 
 
 def _scanner(spec: PhantomSpec, seed: int, patient: int) -> Scanner:
-    return spec.scanners[int(_rng(seed, patient, f"{spec.name}/site").integers(len(spec.scanners)))]
+    count = len(spec.scanners)
+    order = _rng(seed, patient // count, f"{spec.name}/site").permutation(count)
+    return spec.scanners[int(order[patient % count])]
 
 
 @lru_cache(maxsize=2)

@@ -131,7 +131,7 @@ def test_a_wrong_hash_is_refused_and_removed(server: Server, tmp_path: Path) -> 
 
 def test_what_is_longer_than_it_should_be_is_not_written_to_the_end(server: Server, tmp_path: Path) -> None:
     server.content = CONTENT * 20
-    with pytest.raises(DownloadError, match="not toy.npz"):
+    with pytest.raises(DownloadError, match=r"not toy\.npz"):
         fetch("toy", tmp_path, base_url=server.url)
     assert list(tmp_path.iterdir()) == []
 
