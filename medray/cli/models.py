@@ -17,7 +17,7 @@ def models(
     grep: Annotated[str, typer.Option(help="Only names that contain this.")] = "",
 ) -> None:
     """List the networks: name, what they are for, 2-D or 3-D, parameters, tier."""
-    from medray.models.catalogue import CATALOGUE, names
+    from medray.models.catalogue import CATALOGUE, count_parameters, names
 
     chosen = [name for name in names(kind=task, ndim=ndim) if grep.lower() in name.lower()]
     rows = []
@@ -28,7 +28,7 @@ def models(
                 name,
                 ", ".join(spec.kinds),
                 ", ".join(f"{n}-D" for n in spec.ndims),
-                f"{spec.params / 1e6:.1f} M" if spec.params else "",
+                " / ".join(f"{count_parameters(name, n) / 1e6:.1f} M" for n in spec.ndims),
                 spec.tier,
                 spec.description,
             )

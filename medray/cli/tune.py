@@ -43,5 +43,5 @@ def tune(
         result = run_study(path, overrides, resume=resume, address=address, observer=view, started=started)
     say()
     say(result.headline)
-    say(f"report: {result.directory / 'report.html'}")
-    say(f"bundle: {result.directory / 'bundle'}")
+    say(f"report: {result.report}")
+    say(f"bundle: {result.bundle}")

@@ -45,6 +45,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(monkeypatch)
 
 
+def study_result() -> SimpleNamespace:
+    return SimpleNamespace(headline="Dice 0.9", report=Path("runs/seg/report.html"), bundle=Path("runs/seg/bundle"))
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["medray", *arguments])
     try:
@@ -59,7 +63,7 @@ def test_tune_hands_over_and_says_where_things_lie(
 ) -> None:
     space = tmp_path / "seg.yaml"
     space.write_text("space: {}\n")
-    calls.fake("medray.workflows.study", "tune", SimpleNamespace(headline="Dice 0.9", directory=Path("runs/seg")))
+    calls.fake("medray.workflows.study", "tune", study_result())
     overrides = ["data=/scans/~x (1)", "~space.optim.lr", "+a.b=1", "study.objectives.val/dice=max"]
     assert run(monkeypatch, "tune", str(space), *overrides, "--address", "auto") == 0
     ((arguments, keywords),) = calls.seen
@@ -70,7 +74,7 @@ def test_tune_hands_over_and_says_where_things_lie(
 
 
 def test_tune_resumes_with_overrides(monkeypatch: pytest.MonkeyPatch, calls: Calls, tmp_path: Path) -> None:
-    calls.fake("medray.workflows.study", "tune", SimpleNamespace(headline="", directory=tmp_path))
+    calls.fake("medray.workflows.study", "tune", study_result())
     assert run(monkeypatch, "tune", "--resume", str(tmp_path), "study.budget=1h") == 0
     assert calls.seen[0][0] == (None, ["study.budget=1h"]) and calls.seen[0][1]["resume"] == tmp_path
 
