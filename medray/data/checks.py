@@ -225,7 +225,7 @@ def _digest(images: list[Image]) -> str:
     state = hashlib.sha256()
     for image in images:
         state.update(str(image.array.shape).encode())
-        state.update(memoryview(np.ascontiguousarray(image.array)).cast("B"))
+        state.update(np.ascontiguousarray(image.array).view(np.uint8).data)
     return state.hexdigest()
 
 

@@ -89,7 +89,7 @@ def fetch(name: str, directory: Path, *, progress: Progress | None = None, base_
         import pooch
         from requests import RequestException
     except ImportError:
-        raise MissingDependencyError("downloads need pooch. Install it with: pip install pooch") from None
+        raise MissingDependencyError("pooch", "downloading a data set", "pip install pooch") from None
     pooch.get_logger().setLevel("WARNING")
     url = chosen.url if base_url is None else f"{base_url.rstrip('/')}/{chosen.file}"
     part = directory / f"{chosen.file}.part"

@@ -21,6 +21,7 @@ from medray.errors import DataError
 
 _SAMPLES_A_CASE = 20_000
 _SAMPLES = 4_000_000
+_CHUNK = 1 << 20
 _PERCENTILES = (0.5, 50.0, 99.5)
 
 
@@ -106,7 +107,7 @@ class _Measured:
 
     shape: tuple[int, ...]
     spacing: tuple[float, ...] | None
-    bytes: int
+    nbytes: int
     sums: npt.NDArray[np.float64]
     sample: npt.NDArray[np.float32]
     voxels: npt.NDArray[np.int64]
@@ -161,7 +162,7 @@ def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerpr
         intensity=_intensity(found),
         class_cases=class_cases,
         class_fraction=class_fraction,
-        bytes_total=sum(one.bytes for one in found),
+        bytes_total=sum(one.nbytes for one in found),
         digest=digest.hexdigest(),
     )
 
@@ -175,7 +176,7 @@ def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: in
             f"{case.id}: has {array.shape[0]} channels, {image.ndim} axes; the data set {wanted}. Run: medray check"
         )
     state = hashlib.sha256(repr((array.shape, case.label)).encode())
-    state.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+    state.update(np.ascontiguousarray(array).view(np.uint8).data)
     inside = None if valid is None else valid.array > 0
     voxels = np.zeros(len(manifest.classes), np.int64)
     where = inside
@@ -192,8 +193,12 @@ def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: in
     elif manifest.task == "segmentation":
         where = np.zeros(image.shape, bool)
     values = array.reshape(array.shape[0], -1) if where is None else array[:, where]
-    exact = values.astype(np.float64)
-    sums = np.stack([np.full(len(values), values.shape[1], np.float64), exact.sum(1), (exact**2).sum(1)], axis=1)
+    sums = np.zeros((len(values), 3))
+    sums[:, 0] = values.shape[1]
+    for start in range(0, values.shape[1], _CHUNK):  # in doubles, but never the whole volume in doubles
+        exact = values[:, start : start + _CHUNK].astype(np.float64)
+        sums[:, 1] += exact.sum(1)
+        sums[:, 2] += (exact**2).sum(1)
     # Bounded per case, as in nnU-Net: large cases shall not drown the small ones, nor fill the memory.
     rng = np.random.default_rng([number, values.shape[1]])
     sample = values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medray.data.layouts.base import Draft, finish, images_under
+from medray.data.layouts.base import Draft, exists, finish, images_under
 from medray.data.layouts.dicom import draft_patients, holds_dicom, patient_table, resolve_series
 from medray.data.layouts.folders import draft_classes, draft_pairs, has_classes, has_pairs
 from medray.data.layouts.medmnist import draft_medmnist
@@ -43,8 +43,8 @@ def build_manifest(source: str, *, task: str = "auto", progress: Progress | None
             )
         return manifest
     text, naming = split_query(source)
-    path = Path(text).expanduser()
-    if not path.exists():
+    path = Path.home() / text[2:] if text.startswith("~/") else Path(text)
+    if not exists(path):
         raise DataError(f"{source}: there is no such file or folder. Give {_LAYOUTS}")
     if path.name == "manifest.json" and path.is_file():
         return Manifest.load(path)

@@ -87,7 +87,16 @@ def images_under(folder: Path) -> Iterator[Path]:
 
 def natural(text: str) -> list[Any]:
     """Sort key under which case 2 stands before case 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
+    parts = re.split(r"([0-9]{1,18})", text)
+    return [(0, int(part), "") if k % 2 else (1, 0, part.lower()) for k, part in enumerate(parts) if part]
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False too for what can't be a path, such as one that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def relative(path: Path, root: Path) -> str:
@@ -151,8 +160,8 @@ def numbered_names(labels: dict[str, Any], path: Path) -> tuple[str, ...]:
     for key, value in labels.items():
         if isinstance(value, list):
             raise DataError(f"{path}: label {key!r} is a region {value}; give each label one number and regions none")
-        name, number = (value, key) if str(key).isdigit() and not str(value).isdigit() else (key, value)
-        if not str(number).isdigit() or int(number) in pairs:
+        name, number = (value, key) if _is_label(key) and not _is_label(value) else (key, value)
+        if not _is_label(number) or int(number) in pairs:
             raise DataError(
                 f"{path}: label {key!r}: {value!r} must map a name to a number of its own, such as 'lesion': 1"
             )
@@ -165,6 +174,10 @@ def numbered_names(labels: dict[str, Any], path: Path) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise DataError(f"{path}: two labels have the same name: {names}. Name each differently")
     return names
+
+
+def _is_label(value: Any) -> bool:
+    return re.fullmatch(r"[0-9]{1,6}", str(value)) is not None
 
 
 def by_name(labels: list[str]) -> tuple[str, ...]:

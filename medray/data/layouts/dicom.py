@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medray.data.layouts.base import DICOMS, Draft, by_name, relative, split_of, suffix_of, unique_ids, visible
+from medray.data.layouts.base import DICOMS, Draft, by_name, exists, relative, split_of, suffix_of, unique_ids, visible
 from medray.data.layouts.table import columns, is_table, read_table, whole_number
 from medray.data.manifest import Case
 from medray.data.sweep import Progress, sweep
@@ -78,7 +78,7 @@ def series_under(folder: Path, progress: Progress | None = None) -> list[Series]
     try:
         import pydicom
     except ImportError:
-        raise MissingDependencyError(f"{folder}: DICOM needs pydicom. Install it with: pip install pydicom") from None
+        raise MissingDependencyError("pydicom", "reading DICOM", "pip install 'pydicom>=3,<4'") from None
 
     tags = ["SeriesInstanceUID", "PatientID", "Modality", "Rows", "Columns"]
 
@@ -99,7 +99,7 @@ def series_under(folder: Path, progress: Progress | None = None) -> list[Series]
             key = path.parent, found[0]
             groups[key].append(path)
             patients.setdefault(key, found[1])
-    shared = defaultdict(int)
+    shared: dict[Path, int] = defaultdict(int)
     for parent, _ in groups:
         shared[parent] += 1
     return [
@@ -132,7 +132,7 @@ def resolve_series(draft: Draft, progress: Progress | None) -> Draft:
         if "://" in reference or ".npz#" in reference:
             return False
         path = root / reference
-        return not path.is_file() or (_is_dicom(path) and suffix_of(path) in ("", *DICOMS))
+        return not exists(path) or path.is_dir() or (_is_dicom(path) and suffix_of(path) in ("", *DICOMS))
 
     if not any(needs(reference) for case in draft.cases for reference in case.images):
         return draft

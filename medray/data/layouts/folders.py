@@ -45,7 +45,9 @@ _WORDS = "masks?|seg|segmentation|labels?|gt|annotation|manual\\d?|image|img|fov
 def _sides(folder: Path) -> list[tuple[Split | None, Path]]:
     """(split, folder): the folders named for splits, training first, or the folder itself where there are none."""
     named = [(split_of(p.name), p) for p in subfolders(folder)]
-    sides = [(split, p) for wanted in ("train", "val", "test") for split, p in named if split == wanted]
+    sides: list[tuple[Split | None, Path]] = [
+        (split, p) for wanted in ("train", "val", "test") for split, p in named if split == wanted
+    ]
     return sides if sides and sides[0][0] == "train" else [(None, folder)]
 
 

@@ -4,7 +4,8 @@ Columns: ``image`` (or ``image_*``, a file per channel), and ``label``, or sever
 optional ``id``, ``valid``, ``patient``, ``site``, ``split``. All other columns are clinical ones. Several findings of
 one image stand in ``label`` as ``a|b``. Paths are relative to the table; the ending or ``images/`` may be left out.
 
-Columns of other names are named behind the path: ``cases.csv?image=image_id&label=dx&patient=lesion_id``.
+``classes.json`` beside it names the classes in their order. Columns of other names are named behind the path:
+``cases.csv?image=image_id&label=dx&patient=lesion_id``.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from medray.data.layouts.base import (
     SUFFIXES,
     Draft,
     by_name,
+    exists,
     named_classes,
     relative,
     split_of,
     stem_of,
     unique_ids,
+    visible,
 )
 from medray.data.manifest import Case, Split
 from medray.errors import DataError, MissingDependencyError
@@ -48,7 +51,7 @@ def find_table(folder: Path) -> Path | None:
     Raises:
         DataError: there are several.
     """
-    tables = [p for p in sorted(folder.iterdir()) if p.is_file() and is_table(p)]
+    tables = [p for p in visible(folder) if p.is_file() and is_table(p)]
     fitting = [p for p in tables if _describes(p)]
     if len(fitting) > 1:
         raise DataError(f"{folder}: {', '.join(p.name for p in fitting)} all list images. Give one of them as data=")
@@ -111,7 +114,7 @@ def split_query(source: str) -> tuple[str, dict[str, str]]:
     Raises:
         DataError: a name that no column has a meaning for.
     """
-    if "?" not in source or Path(source).exists():
+    if "?" not in source or exists(Path(source)):
         return source, {}
     path, _, query = source.partition("?")
     naming = dict(parse_qsl(query, keep_blank_values=True))
@@ -158,7 +161,7 @@ def _parquet(path: Path) -> Any:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise MissingDependencyError(f"{path}: Parquet needs pyarrow. Install it with: pip install pyarrow") from None
+        raise MissingDependencyError("pyarrow", "reading Parquet", "pip install pyarrow") from None
     try:
         return ParquetFile(path)
     except (OSError, ArrowException) as error:
@@ -294,19 +297,19 @@ def _locate(root: Path, value: str, kind: str) -> str:
     base = Path(value)
     for folder in _FOLDERS[kind]:
         at = base if base.is_absolute() else root / folder / base
-        if at.exists():
+        if exists(at):
             return relative(at, root)
         for suffix in () if base.suffix else SUFFIXES:
-            if at.with_name(at.name + suffix).exists():
+            if at.name and exists(at.with_name(at.name + suffix)):
                 return relative(at.with_name(at.name + suffix), root)
     return value
 
 
 def _clinical(text: str) -> str | float | None:
-    if not text:
+    if not text or text.lower() == "nan":
         return None
     try:
         number = float(text)
     except ValueError:
         return text
-    return number if math.isfinite(number) else text
+    return number if math.isfinite(number) and "_" not in text else text

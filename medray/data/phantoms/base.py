@@ -16,7 +16,7 @@ import numpy.typing as npt
 from medray.data.image import Modality
 from medray.data.manifest import TaskKind
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.uint8]
 
 
@@ -99,7 +99,10 @@ def axes(shape: tuple[int, ...], extent: tuple[float, ...]) -> list[Array]:
 
 def radius(grids: list[Array], centre: Any, semi: Any) -> Array:
     """Normalised distance from an ellipsoid's centre: 1 on its surface."""
-    squares = [((g - c) / a) ** 2 for g, c, a in zip(grids, centre, semi, strict=True)]
+    single = np.float32  # NumPy's own double scalars would widen everything that follows
+    squares = [
+        ((g - np.asarray(c, single)) / np.asarray(a, single)) ** 2 for g, c, a in zip(grids, centre, semi, strict=True)
+    ]
     total = squares[0]
     for square in squares[1:]:
         total = total + square

@@ -54,7 +54,7 @@ def render_abdomen(
     def jitter(*at: float) -> tuple[float, ...]:
         return tuple(size * a + patient.normal(0, 4) for a in at)
 
-    hu = np.full(shape, AIR, np.float32)
+    hu: Array = np.full(shape, AIR, np.float32)
     couch = cover(np.abs(y + 122 - (x / 150) ** 2 * 22) - 3, width) * (np.abs(x) < 150)
     hu = blend(hu, couch, -150.0)
     semi = np.array([155.0, 108.0]) * size
@@ -83,8 +83,8 @@ def render_abdomen(
         hu = blend(hu, ball(grids, centre, axes_mm, width) * inner, 185.0)
         hu = blend(hu, ball(grids, (centre[0] - side * 12, centre[1], centre[2]), (11, 10, 25), width), -60.0)
     for _ in range(9):
-        at = (patient.uniform(-80, 80), patient.uniform(-5, 65), patient.uniform(-95, -25))
-        bowel = ball(grids, at, patient.uniform(12, 24, 3), width) * inner
+        middle = (patient.uniform(-80, 80), patient.uniform(-5, 65), patient.uniform(-95, -25))
+        bowel = ball(grids, middle, patient.uniform(12, 24, 3), width) * inner
         hu = blend(hu, bowel, float(patient.choice([35.0, 60.0, -750.0], p=[0.5, 0.3, 0.2])))
 
     wobble = 0.09 * smooth_field(patient, shape, 3)
@@ -110,16 +110,16 @@ def render_abdomen(
     hu = blend(hu, np.broadcast_to(ball([x, y], (-12 * size, -32 * size), (11, 11), width), shape), 190.0)
     hu = blend(hu, np.broadcast_to(ball([x, y], (22 * size, -28 * size), (13, 10), width), shape), 150.0)
 
-    lesions = np.zeros(shape, np.float32)
+    lesions: Array = np.zeros(shape, np.float32)
     for _ in range(int(image.choice([0, 1, 2, 3, 4], p=[0.06, 0.3, 0.3, 0.2, 0.14]))):
         at = pick(image, (lobes < -0.22) & (liver > 0.99))
         if at is None:
             break
-        centre = [float(g.ravel()[i]) for g, i in zip(grids, at, strict=True)]
+        core = [float(g.ravel()[i]) for g, i in zip(grids, at, strict=True)]
         size_mm = image.uniform(11, 28) * image.uniform(0.85, 1.15, 3)
-        lesion = ball(grids, centre, size_mm, width, 0.16 * smooth_field(image, shape, 7)) * liver
+        lesion = ball(grids, core, size_mm, width, 0.16 * smooth_field(image, shape, 7)) * liver
         depth = scanner.contrast * image.uniform(38, 75)
-        rim = ball(grids, centre, size_mm * 1.2, width) * liver - lesion
+        rim = ball(grids, core, size_mm * 1.2, width) * liver - lesion
         hu = hu + np.clip(rim, 0, 1) * (14 if image.random() < 0.5 else 0)
         hu = blend(hu, lesion, parenchyma - depth + 5 * texture)
         lesions = np.maximum(lesions, lesion)

@@ -85,7 +85,7 @@ def _retina(
     base = np.array([0.80, 0.40, 0.17]) * patient.uniform([0.9, 0.75, 0.6], [1.1, 1.0, 1.2])
     fov = np.broadcast_to(cover(radius(grids, (0, 0), (1, 1)) - 0.97, pixel), shape)
     pigment = 1 + 0.05 * smooth_field(patient, shape, 5) + 0.03 * smooth_field(patient, shape, 14)
-    rgb = base[:, None, None].astype(np.float32) * pigment
+    rgb: Array = base[:, None, None].astype(np.float32) * pigment
     dark = np.exp(-((radius(grids, macula, (0.22, 0.22))) ** 2))
     rgb = rgb * (1 - dark * np.array([0.35, 0.5, 0.45], np.float32)[:, None, None])
     disc_r = radius(grids, disc, (0.155, 0.14))

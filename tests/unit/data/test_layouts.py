@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from medray.data.layouts import build_manifest
@@ -152,8 +155,8 @@ class TestTable:
             "b.png;2.0;P1;north;training;;yes",
             "c.png;10;P2;;test;nan;no",
         )
-        for given in (source, str(tmp_path)):
-            manifest = build_manifest(given)
+        for way in (source, str(tmp_path)):
+            manifest = build_manifest(way)
             assert manifest.classes == ("2", "10")
             assert [c.label for c in manifest.cases] == [1, 0, 1]
             assert [c.split for c in manifest.cases] == ["train", "train", "test"]
@@ -251,6 +254,26 @@ class TestTable:
             (tmp_path / f"t{suffix}").write_bytes(content)
             with pytest.raises(DataError, match=f"t{suffix}"):
                 build_manifest(str(tmp_path / f"t{suffix}"))
+
+    def test_cells_that_no_path_can_be(self, tmp_path: Path) -> None:
+        png(tmp_path / "a.png")
+        long = "9" * 6000
+        source = table(tmp_path / "t.csv", "image,label,age", "a.png,x,1_000", f"{long},{long},nan", "²/\x01,²,inf")
+        manifest = build_manifest(source)
+        assert len(manifest.cases) == 3
+        assert [c.columns["age"] for c in manifest.cases] == ["1_000", None, "inf"]
+        with pytest.raises(DataError, match="there is no such file"):
+            build_manifest(long)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        content=st.one_of(st.binary(max_size=300), st.text('image,label|;\t"\n\r01ab', max_size=200).map(str.encode))
+    )
+    def test_any_bytes_are_a_table_or_an_error_of_ours(self, tmp_path: Path, content: bytes) -> None:
+        for name in ("t.csv", "t.parquet", "dataset.json", "t.npz"):
+            (tmp_path / name).write_bytes(content)
+            with contextlib.suppress(DataError):
+                build_manifest(str(tmp_path / name))
 
 
 class TestDatasetJson:
