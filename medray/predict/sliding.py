@@ -184,14 +184,18 @@ def _slabs(size: int, patch: int, overlap: float, most: int) -> Iterator[tuple[s
         yield slice(0, size), slice(0, size), slice(0, size)
         return
     last = -(-(size - patch) // step)  # index of the last window, which is moved back to end with the axis
-    more = max(1, (most - patch) // step)  # windows of a slab beyond its first
-    first, done = 0, 0
+    more = max(0, (most - patch) // step)  # windows of a slab beyond its first
+
+    def start_of(window: int) -> int:
+        return min(window * step, size - patch)
+
+    done = 0
     while done < size:
+        first = max(0, (done - patch) // step + 1)  # the first window that reaches beyond what is done
         end = min(first + more, last)
-        while end < last and (end + 1) * step <= done:  # at least one row of progress
+        while end < last and start_of(end + 1) <= done:  # at least one row of progress
             end += 1
-        start, stop = first * step, size if end == last else end * step + patch
-        until = size if end == last else (end + 1) * step
+        until = size if end == last else start_of(end + 1)
+        start, stop = start_of(first), start_of(end) + patch
         yield slice(start, stop), slice(done - start, until - start), slice(done, until)
         done = until
-        first = max(0, (until - patch) // step + 1)

@@ -115,7 +115,8 @@ def write_segmentation(
         )
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DataError(
-            f"{path}: {image.source} can't be referenced by a DICOM-SEG ({type(error).__name__}: {error}). Write NIfTI"
+            f"{path}: {image.source} can't be referenced by a DICOM-SEG ({type(error).__name__}: {error}). "
+            "Convert the series to NIfTI first"
         ) from error
     with appearing(path) as partial:
         segmentation.save_as(partial)
@@ -160,6 +161,10 @@ def _sources(files: Sequence[Path | str], image: Image) -> list[Any]:
         for keyword in _TYPE_2:
             if keyword not in dataset:
                 setattr(dataset, keyword, "")
+        if "FrameOfReferenceUID" not in dataset and "PixelSpacing" in dataset:
+            # A projection: frames correspond pixel by pixel. With a spacing but no slice thickness, the object would
+            # hold pixel measures that readers (highdicom's among them) refuse.
+            del dataset.PixelSpacing
         sources.append(dataset)
     return sources
 
@@ -224,7 +229,7 @@ def _planes(source: Any) -> list[tuple[npt.NDArray[np.float64], int, int]]:
         return [(found, rows, columns) for found in planes]
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         name = source.get("SOPInstanceUID", "?")
-        raise DataError(f"DICOM instance {name} does not say where it lies ({error}). Write NIfTI instead") from error
+        raise DataError(f"DICOM instance {name} does not say where it lies ({error}). Convert it to NIfTI") from error
 
 
 def _sample(

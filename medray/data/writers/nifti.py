@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
 
 from medray.data.image import Image
 from medray.data.writers.atomic import appearing
@@ -38,7 +39,7 @@ def write_labels(path: Path, labels: npt.NDArray[np.integer[Any]], image: Image,
     nifti.set_sform(affine, code=1)
     try:
         nifti.set_qform(affine, code=1, strip_shears=False)
-    except nib.spatialimages.HeaderDataError:
+    except HeaderDataError:
         nifti.set_qform(None, code=0)
     nifti.header["descrip"] = note.encode("utf-8")[:79]
     with appearing(path) as partial:
@@ -47,13 +48,12 @@ def write_labels(path: Path, labels: npt.NDArray[np.integer[Any]], image: Image,
 
 def to_original(array: npt.NDArray[Any], image: Image) -> tuple[npt.NDArray[np.float64], npt.NDArray[Any]]:
     """``array`` (*s) from the grid of ``image.array`` back to the file's: its affine (4, 4), three axes (I, J, K)."""
-    affine, shape = image.original.get("affine"), image.original.get("shape")
-    known = image.original.get("format") == "nifti" and affine is not None and shape is not None
+    known = image.original.get("format") == "nifti"
     if image.ndim == 2:
         # a reader turns a single slice (columns, rows, 1) to (rows, columns) and nothing more
         flat = np.swapaxes(array, 0, 1)[..., None]
         if known:
-            return np.asarray(affine, dtype=np.float64), flat
+            return np.asarray(image.original["affine"], dtype=np.float64), flat
         if image.affine is not None:
             return np.asarray(image.affine, dtype=np.float64)[:, [1, 0, 2, 3]], flat
         rows, columns = image.spacing or (1.0, 1.0)
@@ -61,10 +61,12 @@ def to_original(array: npt.NDArray[Any], image: Image) -> tuple[npt.NDArray[np.f
     if not known:
         own = image.affine if image.affine is not None else np.diag([*(image.spacing or (1.0, 1.0, 1.0)), 1.0])
         return np.asarray(own, dtype=np.float64), array
-    original = np.asarray(affine, dtype=np.float64)
+    original = np.asarray(image.original["affine"], dtype=np.float64)
     to_ras = nib.io_orientation(original)
     back = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), to_ras)
     turned = nib.apply_orientation(array, back)
-    if turned.shape != tuple(shape)[:3]:
-        raise DataError(f"{image.source}: labels turn to shape {turned.shape}, but the file has {tuple(shape)}")
+    if turned.shape != tuple(image.original["shape"]):
+        raise DataError(
+            f"{image.source}: labels turn to shape {turned.shape}, but the file has {image.original['shape']}"
+        )
     return original, turned
