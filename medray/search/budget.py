@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
+from bisect import bisect_left, insort
 from dataclasses import dataclass
+from functools import cache
 
 from medray.search.pruning import MEDIAN_TRIALS, REDUCTION, RUNGS
 
@@ -11,6 +14,7 @@ SHORTEST_TRIAL = 20.0
 """A trial shorter than this says little: start-up and first validations fill it."""
 SMALLEST_SHARE = 0.05
 """Of the search: more trials than 1/0.05 at once are cheaper by a larger budget than by shorter trials."""
+_ORDERS = 100  # random orders that the expected cost of early stops is averaged over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,8 @@ def plan_budget(
 ) -> Budget:
     """Share out a wall-clock budget.
 
-    The search gets ``search_share`` of what start-up and finish leave. Each trial gets as long as the expected number of
-    them, with early stops, allows; there are fewer trials rather than ones shorter than 20 s and 5 % of the search.
+    The search gets ``search_share`` of what start-up and finish leave. Each trial gets as long as the expected number
+    of them, with early stops, allows; there are fewer trials rather than ones shorter than 20 s and 5 % of the search.
 
     Args:
         total: the whole budget.
@@ -71,7 +75,8 @@ def plan_budget(
 def _fit_trials(search: float, wanted: int, concurrency: int, pruner: str, overhead: float) -> tuple[int, float]:
     """The largest number of trials whose length stays sensible, and that length."""
     shortest = max(SHORTEST_TRIAL, SMALLEST_SHARE * search)
-    for count in range(max(1, wanted), 0, -1):
+    most = int(concurrency * (search / (RUNGS[0] * shortest) + 1)) if search > 0 else 1
+    for count in range(max(1, min(wanted, most)), 0, -1):
         # No trial begins that can't end: the last on each slot needs its full length, whatever becomes of it.
         last = min(count, concurrency)
         rounds = expected_cost(count - last, pruner) / concurrency + 1.0
@@ -91,14 +96,27 @@ def expected_cost(count: int, pruner: str) -> float:
         # The better half of the others run on; the rest end at the first rung or soon after.
         judged = max(0, count - MEDIAN_TRIALS)
         return count - judged * 0.5 * (1.0 - 1.5 * RUNGS[0])
-    cost, at_first, at_second = 1.0, 1.0, 1.0
-    for _ in range(1, count):
-        at_first += 1
-        first = max(1.0, at_first // REDUCTION) / at_first
-        at_second += first
-        second = max(1.0, at_second // REDUCTION) / at_second
-        cost += RUNGS[0] + first * ((RUNGS[1] - RUNGS[0]) + second * (1.0 - RUNGS[1]))
-    return cost
+    return _asha_costs(count)[count - 1]
+
+
+@cache
+def _asha_costs(count: int) -> tuple[float, ...]:
+    """Cost of the first 1..count trials, averaged over random orders whose ranks stay the same from rung to rung."""
+    generator = random.Random(0)
+    totals = [0.0] * count
+    for _ in range(_ORDERS):
+        rungs: tuple[list[float], ...] = tuple([] for _ in RUNGS)
+        cost = 0.0
+        for number in range(count):
+            loss, reached = generator.random(), 1.0
+            for fraction, seen in zip(RUNGS, rungs, strict=True):
+                insort(seen, loss)
+                if number and bisect_left(seen, loss) >= max(1, len(seen) // REDUCTION):
+                    reached = fraction
+                    break
+            cost += reached
+            totals[number] += cost / _ORDERS
+    return tuple(totals)
 
 
 class Clock:

@@ -113,7 +113,7 @@ class StudyDriver:
         study = optuna.create_study(
             study_name=names[0] if names else self.config.name,
             storage=storage,
-            sampler=ReseededSampler(self._sampler),
+            sampler=ReseededSampler(self._make_sampler, self.config.seed),
             pruner=optuna.pruners.NopPruner(),
             directions=["maximize" if direction == "max" else "minimize" for direction in self.objectives.values()],
             load_if_exists=True,
@@ -144,9 +144,9 @@ class StudyDriver:
             self.config.sampler, self.space, objectives=len(self.objectives), trials=self.config.trials
         )
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+    def _make_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         # Sized for the trials that the study began with: raising study.trials later must not change what is drawn.
-        return build_sampler(self.sampler_name, seed=derive_seed(self.config.seed, number), trials=self._planned)
+        return build_sampler(self.sampler_name, seed=seed, trials=self._planned)
 
     def _check_setup(self, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         named = {"space": "space", "objectives": "study.objectives", "seed": "study.seed", "sampler": "study.sampler"}
@@ -291,7 +291,8 @@ class StudyDriver:
         if number == 0:
             return False
         curves = self._curves()
-        return bool(curves.get(number)) and self._rule(curves, number)
+        ended = self._ids.keys() - self._running - set(self._unfinished)
+        return bool(curves.get(number)) and self._rule(curves, number, ended)
 
     def complete(self, number: int, outcome: TrialOutcome) -> None:
         """End a trial with its outcome.
@@ -354,6 +355,7 @@ class StudyDriver:
         self._study.tell(number, values, state=state)
         self._running.discard(number)
         self._keep_time(force=True)
+        self._file.sync()
 
     def _must_run(self, number: int) -> None:
         if number not in self._running:

@@ -8,7 +8,7 @@ trials lie on better non-dominated fronts. The default trial is never stopped; t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 
@@ -16,17 +16,18 @@ from medray.search.pareto import Floats, non_dominated_rank
 
 Curve = Sequence[tuple[float, tuple[float, ...]]]
 Curves = Mapping[int, Curve]
-Rule = Callable[[Curves, int], bool]
+Rule = Callable[[Curves, int, Container[int]], bool]
+"""(all curves, the trial that has just reported, the trials that have ended) → whether to stop it."""
 
 REDUCTION = 3
 RUNGS = (1 / 9, 1 / 3)
 """Fractions at which ASHA compares; the third rung is the end of the schedule."""
 MEDIAN_TRIALS = 4
-"""Other trials that must have come as far before the median rule speaks."""
+"""Other trials that there must be before the median rule speaks."""
 _TOLERANCE = 1e-9
 
 
-def asha(curves: Curves, number: int) -> bool:
+def asha(curves: Curves, number: int, ended: Container[int] = ()) -> bool:  # noqa: ARG001 (a rule's signature)
     """Whether to stop ``number``, which has just reported: asynchronous successive halving, stopping form.
 
     At each rung the trial goes on only if it is among the best ``max(1, n // 3)`` of the n trials that have come that
@@ -42,11 +43,12 @@ def asha(curves: Curves, number: int) -> bool:
     return False
 
 
-def median(curves: Curves, number: int) -> bool:
-    """Whether to stop ``number``, which has just reported: worse than the median of the others as far on as it.
+def median(curves: Curves, number: int, ended: Container[int] = ()) -> bool:
+    """Whether to stop ``number``, which has just reported: worse than the median of the others at this stage.
 
-    Both sides count their best report so far (single objective) or their latest (several). Silent before the first
-    rung and until ``MEDIAN_TRIALS`` others have come as far (after Golovin et al. 2017, Google Vizier).
+    Both sides count their best report until this stage (single objective) or their latest (several). Others are those
+    that have come as far, and those stopped before: without the latter, each stage would halve the survivors of the
+    former. Silent before the first rung and for fewer than ``MEDIAN_TRIALS`` others (after Golovin et al. 2017).
     """
     fraction = curves[number][-1][0]
     if fraction < RUNGS[0] - _TOLERANCE:
@@ -54,7 +56,7 @@ def median(curves: Curves, number: int) -> bool:
     others = [
         losses
         for other, curve in curves.items()
-        if other != number and curve and curve[-1][0] >= fraction - _TOLERANCE
+        if other != number and curve and (other in ended or curve[-1][0] >= fraction - _TOLERANCE)
         if (losses := _until(curve, fraction)) is not None
     ]
     own = _until(curves[number], fraction)
@@ -63,7 +65,7 @@ def median(curves: Curves, number: int) -> bool:
     return _better(own, others) > len(others) / 2
 
 
-def never(curves: Curves, number: int) -> bool:  # noqa: ARG001 (a rule's signature)
+def never(curves: Curves, number: int, ended: Container[int] = ()) -> bool:  # noqa: ARG001 (a rule's signature)
     """No trial is stopped early."""
     return False
 

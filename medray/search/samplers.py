@@ -102,15 +102,19 @@ class _InSpace(Study):
 
 
 class ReseededSampler(BaseSampler):
-    """A new sampler for each trial, made from its number; all that it knows comes from the stored trials.
+    """New samplers for each trial, seeded by its number; all that they know comes from the stored trials.
+
+    Parameters that are drawn one by one get a sampler each, seeded by their name too: a trial whose drawing was cut off
+    half-way is completed as it would have been.
 
     Args:
-        make: trial number → sampler.
+        make: seed → sampler.
+        seed: of the study.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
-        self._make = make
-        self._inner: BaseSampler | None = None
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+        self._inner: BaseSampler = optuna.samplers.RandomSampler(seed=seed)  # until the first trial is asked for
         self._view: Study | None = None
 
     def _study(self, study: Study) -> Study:
@@ -120,28 +124,24 @@ class ReseededSampler(BaseSampler):
         self._view._thread_local.cached_all_trials = None
         return self._view
 
-    def _for(self, trial: FrozenTrial) -> BaseSampler:
-        if self._inner is None:  # a trial of an earlier process is told before this one has asked for any
-            self._inner = self._make(trial.number)
-        return self._inner
-
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._inner = self._make(trial.number)
+        self._inner = self._make(derive_seed(self._seed, trial.number))
         self._inner.before_trial(self._study(study), trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._for(trial).infer_relative_search_space(self._study(study), trial)
+        return self._inner.infer_relative_search_space(self._study(study), trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._for(trial).sample_relative(self._study(study), trial, search_space)
+        return self._inner.sample_relative(self._study(study), trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._for(trial).sample_independent(self._study(study), trial, param_name, param_distribution)
+        sampler = self._make(derive_seed(self._seed, trial.number, *param_name.encode()))
+        return sampler.sample_independent(self._study(study), trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         if OUTSIDE not in trial.user_attrs:
-            self._for(trial).after_trial(self._study(study), trial, state, values)
+            self._inner.after_trial(self._study(study), trial, state, values)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from medray.search.budget import Budget, Clock, expected_cost, plan_budget
+from medray.search.pruning import RUNGS, asha
+
+
+def plan(total: float = 1200.0, **changes: object) -> Budget:
+    settings = {"trials": 40, "search_share": 0.4, "concurrency": 1, "pruner": "asha", "start_up": 20.0, "finish": 30.0}
+    return plan_budget(total, **(settings | changes))  # type: ignore[arg-type]
+
+
+def test_the_parts_add_up() -> None:
+    budget = plan()
+    assert 20.0 + budget.search + budget.final + budget.finish == pytest.approx(1200.0)
+    assert budget.search == pytest.approx(0.4 * 1150.0)
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median", "none"])
+@pytest.mark.parametrize("total", [120.0, 600.0, 1200.0, 7200.0])
+def test_trials_are_of_a_sensible_length_and_fit(total: float, pruner: str) -> None:
+    budget = plan(total, pruner=pruner)
+    assert budget.trial >= min(budget.search, max(20.0, 0.05 * budget.search)) - 1e-9
+    assert expected_cost(budget.trials - 1, pruner) * budget.trial + budget.trial <= budget.search + 1e-6
+
+
+def test_fewer_trials_are_longer() -> None:
+    assert plan(trials=5).trial > plan(trials=20).trial
+    assert plan(trials=5).trials == 5
+
+
+def test_early_stops_and_concurrency_make_room() -> None:
+    assert plan(pruner="asha").trials > plan(pruner="median").trials > plan(pruner="none").trials
+    assert plan(600.0, concurrency=2, pruner="none").trials > plan(600.0, pruner="none").trials
+
+
+def test_a_resumed_study_has_what_is_left() -> None:
+    fresh, resumed, late = plan(), plan(spent=220.0), plan(spent=800.0)
+    assert resumed.search == pytest.approx(fresh.search - 200.0)
+    assert resumed.final == pytest.approx(fresh.final)
+    assert late.search == 0.0 and late.trials == 0
+    assert late.final == pytest.approx(1200.0 - 30.0 - 800.0)
+
+
+def test_hardly_any_time_gives_the_default_alone() -> None:
+    budget = plan(90.0)
+    assert (budget.trials, budget.trial) == (1, budget.search)
+    assert plan(30.0).final == 0.0
+
+
+def test_expected_cost_is_that_of_the_rule() -> None:
+    """Trials in random order, judged by the rule itself, cost on average what the plan counts with."""
+    generator, costs = random.Random(0), []
+    for _ in range(100):
+        curves: dict[int, list[tuple[float, tuple[float, ...]]]] = {}
+        cost = 0.0
+        for number in range(20):
+            loss = generator.random()
+            curves[number], done = [], 0.0
+            for fraction in (*RUNGS, 1.0):
+                curves[number].append((fraction, (loss,)))
+                done = fraction
+                if number and asha(curves, number):
+                    break
+            cost += done
+        costs.append(cost)
+    assert sum(costs) / len(costs) == pytest.approx(expected_cost(20, "asha"), rel=0.1)
+
+
+def test_the_clock_runs_down() -> None:
+    clock = Clock(10.0, spent=4.0)
+    assert clock.remaining() == pytest.approx(6.0, abs=0.5)
+    assert clock.remaining(reserve=7.0) == 0.0
+    assert clock.deadline(reserve=1.0) == pytest.approx(time.time() + 5.0, abs=0.5)

@@ -1,0 +1,426 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from medray.config.schema import StudyConfig
+from medray.errors import StudyError
+from medray.search.driver import StudyDriver
+from medray.search.space import Space
+from medray.search.trial import TrialOutcome, TrialTask
+
+SPACE = {
+    "model.name": {"choice": ["unet", "swin"]},
+    "optim.lr": {"float": [1e-4, 1e-2], "log": True},
+    "model.feature_size": {"choice": [12, 24], "when": {"model.name": "swin"}},
+    "train.patch_size": {"choice": [[32, 32], [64, 64]]},
+}
+NUMERIC = {"optim.lr": {"float": [1e-4, 1e-2], "log": True}, "loss.alpha": {"float": [0.1, 0.9]}, "n": {"int": [1, 9]}}
+DEFAULT = {"model.name": "unet", "optim.lr": 1e-3, "train.patch_size": [32, 32], "model.feature_size": None}
+OUTSIDE = DEFAULT | {"optim.lr": 0.5}
+
+
+def study(
+    directory: Path,
+    *,
+    space: Mapping[str, Any] = SPACE,
+    objectives: Mapping[str, Any] | None = None,
+    default: Mapping[str, Any] = DEFAULT,
+    **config: Any,
+) -> StudyDriver:
+    settings = {"trials": 12, "pruner": "none"} | config
+    return StudyDriver(
+        Space.parse(space), StudyConfig(**settings), objectives or {"val/dice": "max"}, directory, default
+    )
+
+
+def score(params: Mapping[str, Any]) -> float:
+    good = -abs(math.log10(params["optim.lr"]) + 2.5) - 0.3 * abs(params.get("loss.alpha", 0.5) - 0.3)
+    return good + (0.2 if params.get("model.name") == "swin" else 0.0)
+
+
+def finish(driver: StudyDriver, task: TrialTask) -> None:
+    """One trial, validated nine times, as a worker would run it."""
+    value = score(task.params)
+    for index in range(1, 10):
+        if driver.report(task.number, index, index / 9, {"val/dice": value - (1 - index / 9), "val/loss": 1.0}):
+            driver.prune(task.number)
+            return
+    driver.complete(task.number, TrialOutcome(metrics={"val/dice": value, "latency_ms": abs(value) * 10}, seconds=1.0))
+
+
+def run(driver: StudyDriver, count: int = 10_000) -> list[dict[str, Any]]:
+    drawn = []
+    while len(drawn) < count and (task := driver.ask()) is not None:
+        drawn.append(dict(task.params))
+        finish(driver, task)
+    return drawn
+
+
+# The default --------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_comes_first(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        task = driver.ask()
+        assert task is not None and task.is_default and task.number == 0
+        assert task.params == {key: value for key, value in DEFAULT.items() if value is not None}
+        assert task.directory.is_dir()
+        finish(driver, task)
+        record = driver.default()
+        assert record is not None and record.in_space and record.state == "completed"
+        second = driver.ask()
+        assert second is not None and not second.is_default and second.seed != task.seed
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2"])
+def test_a_default_outside_the_space_is_hidden_from_the_sampler(tmp_path: Path, sampler: str) -> None:
+    default = {"optim.lr": 0.5, "loss.alpha": 0.5, "n": 5}
+    with study(tmp_path, space=NUMERIC, default=default, sampler=sampler, trials=30) as driver:
+        drawn = run(driver)
+        record = driver.default()
+        assert drawn[0] == default and record is not None
+        assert not record.in_space and record.state == "completed" and record.values == (score(default),)
+        stored = driver._study.get_trials(deepcopy=False)
+        assert stored[0].params == {}
+        seen = driver._study.sampler._study(driver._study).get_trials()  # type: ignore[attr-defined]
+        assert [trial.number for trial in seen] == list(range(1, 30))
+        # An empty trial among those that the sampler sees leaves CMA-ES and NSGA-II nothing to search but at random.
+        late = [score(params) for params in drawn[-8:]]
+        early = [score(params) for params in drawn[1:9]]
+    assert sum(late) > sum(early)
+
+
+# Resuming -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("default", [DEFAULT, OUTSIDE], ids=["inside", "outside"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+def test_a_resumed_study_draws_what_it_would_have(tmp_path: Path, sampler: str, default: dict[str, Any]) -> None:
+    with study(tmp_path / "whole", sampler=sampler, default=default) as driver:
+        whole = run(driver)
+    drawn: list[dict[str, Any]] = []
+    for stop in (0, 1, 4, 2, 10_000):
+        with study(tmp_path / "parts", sampler=sampler, default=default) as driver:
+            drawn += run(driver, stop)
+            task = driver.ask()  # and dies with it under way
+            if stop == 10_000:
+                assert task is None
+    assert drawn == whole and len(whole) == 12
+
+
+def test_cmaes_resumes_too(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"space": NUMERIC, "sampler": "cmaes", "default": {"optim.lr": 0.5}, "trials": 20}
+    with study(tmp_path / "whole", **settings) as driver:
+        whole = run(driver)
+    with study(tmp_path / "parts", **settings) as driver:
+        drawn = run(driver, 13)
+    with study(tmp_path / "parts", **settings) as driver:
+        drawn += run(driver)
+    assert drawn == whole
+
+
+def test_more_trials_on_resuming_do_not_change_what_is_drawn(tmp_path: Path) -> None:
+    with study(tmp_path / "a", trials=30) as driver:
+        whole = run(driver, 14)
+    with study(tmp_path / "b", trials=30) as driver:
+        drawn = run(driver, 12)
+    with study(tmp_path / "b", trials=500) as driver:
+        assert driver.sampler_name == "tpe"
+        drawn += run(driver, 2)
+    assert drawn == whole
+
+
+def test_an_unfinished_trial_comes_again_with_number_params_and_folder(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        run(driver, 3)
+        lost = driver.ask()
+        assert lost is not None
+        for index in (1, 2, 3, 4):
+            driver.report(lost.number, index, index / 9, {"val/dice": 0.1 * index})
+        (lost.directory / "checkpoint.pt").write_bytes(b"half-way")
+    with study(tmp_path) as driver:
+        assert driver.next_share == pytest.approx(5 / 9)
+        again = driver.ask()
+        assert again == lost
+        assert (again.directory / "checkpoint.pt").read_bytes() == b"half-way"
+        # The checkpoint was older than its last report: what came after it has to happen again.
+        driver.report(again.number, 3, 3 / 9, {"val/dice": 0.5})
+        history = driver.record(again.number).history
+        assert [entry["metrics"]["val/dice"] for entry in history] == pytest.approx([0.1, 0.2, 0.5])
+
+
+@pytest.mark.parametrize("default", [DEFAULT, OUTSIDE], ids=["inside", "outside"])
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_killed_while_drawing_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, default: dict[str, Any]
+) -> None:
+    with study(tmp_path / "whole", default=default) as driver:
+        whole = run(driver)
+
+    class Killed(BaseException):
+        pass
+
+    def suggest(self: Space, trial: optuna.Trial) -> dict[str, Any]:
+        next(iter(self)).suggest(trial)
+        raise Killed
+
+    with study(tmp_path / "parts", default=default) as driver:
+        drawn = run(driver, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(Space, "suggest", suggest)
+            patch.setattr(StudyDriver, "_set", lambda *_: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                driver.ask()
+    with study(tmp_path / "parts", default=default) as driver:
+        drawn += run(driver)
+        assert [record.number for record in driver.records()] == list(range(12))
+    assert drawn == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"space": SPACE | {"x": {"int": [1, 2]}}}, "space"),
+        ({"objectives": {"val/dice": "min"}}, "study.objectives"),
+        ({"seed": 1}, "study.seed"),
+        ({"sampler": "random"}, "study.sampler"),
+    ],
+)
+def test_another_study_in_the_folder_is_refused(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    study(tmp_path).close()
+    with pytest.raises(StudyError, match=f"another {part}"):
+        study(tmp_path, **changes)
+    study(tmp_path, trials=99, name="renamed").close()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with study(tmp_path), pytest.raises(StudyError, match="another process"):
+        study(tmp_path)
+    study(tmp_path).close()
+
+
+def test_a_closed_study_is_one_file_that_optuna_opens(tmp_path: Path) -> None:
+    folder = tmp_path / "stüdy ?#%41 'x'"
+    with study(folder) as driver:
+        run(driver, 5)
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == ["study.db", "trials"]
+    (folder / "study.db").rename(tmp_path / "moved.db")
+    loaded = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'moved.db'}")
+    assert len(loaded.trials) == 5 and loaded.metric_names == ["val/dice"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database, but long enough to look at" * 10])
+def test_a_damaged_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.db").write_bytes(content)
+    if content:
+        with pytest.raises(StudyError, match="can't be opened"):
+            study(tmp_path)
+    else:
+        study(tmp_path).close()  # killed before the first page was written: an empty file is a new study
+
+
+def test_the_time_spent_adds_up(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        driver._opened -= 100.0
+        run(driver, 1)
+    with study(tmp_path) as driver:
+        assert driver.spent == pytest.approx(100.0, abs=10.0)
+
+
+# Telling ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pruned_trial_is_pruned_to_optuna_with_its_values(tmp_path: Path) -> None:
+    with study(tmp_path, pruner="asha") as driver:
+        run(driver, 1)
+        task = driver.ask()
+        assert task is not None
+        assert driver.report(task.number, 7, 1 / 9, {"val/dice": -50.0})
+        driver.prune(task.number)
+        trial = driver._study.trials[1]
+        assert trial.state == optuna.trial.TrialState.PRUNED
+        assert trial.intermediate_values == {111: -50.0} and trial.value == -50.0
+        record = driver.record(1)
+        assert (
+            record.values is None and record.metrics == {"val/dice": -50.0} and record.fraction == pytest.approx(1 / 9)
+        )
+
+
+def test_the_default_is_never_pruned(tmp_path: Path) -> None:
+    with study(tmp_path, pruner="asha") as driver:
+        default, other = driver.ask(), driver.ask()
+        assert default is not None and other is not None
+        assert not driver.report(other.number, 1, 0.2, {"val/dice": 1.0})
+        assert not driver.report(default.number, 1, 0.2, {"val/dice": 0.0})
+
+
+def test_several_objectives(tmp_path: Path) -> None:
+    objectives = {"val/dice": "max", "latency_ms": "min"}
+    with study(tmp_path, objectives=objectives, pruner="asha", trials=20) as driver:
+        run(driver)
+        states = driver.counts()
+        assert states["pruned"] > 0 and states["completed"] > 0 and states["failed"] == 0
+        pruned = next(t for t in driver._study.trials if t.state == optuna.trial.TrialState.PRUNED)
+        assert pruned.user_attrs["history"], "its values are kept although Optuna's report() would raise"
+        front = driver.front()
+        best = driver.best()
+        assert best is not None and best.number in {record.number for record in front}
+        assert driver.hypervolume((-5.0, 100.0)) > 0
+        assert [record.state for record in driver.table()][: len(front)] == ["completed"] * len(front)
+
+
+def test_a_failure_is_kept_and_the_study_goes_on(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        run(driver, 1)
+        task = driver.ask()
+        assert task is not None
+        driver.fail(task.number, "Traceback …\nValueError: boom")
+        assert (task.directory / "error.txt").read_text(encoding="utf-8").endswith("boom")
+        assert driver.fatal is None and len(run(driver)) == 10
+        assert driver.record(task.number).state == "failed" and "boom" in str(driver.record(task.number).error)
+        assert driver.table()[-1].number == task.number
+
+
+def test_a_default_that_fails_ends_the_study_until_it_is_resumed(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        task = driver.ask()
+        assert task is not None
+        driver.fail(0, "no space left on device")
+        assert driver.fatal is not None and "no space left" in driver.fatal and driver.ask() is None
+        assert driver.record(0).state == "failed"
+    with study(tmp_path) as driver:
+        assert driver.fatal is None
+        assert len(run(driver)) == 12 and driver.record(0).state == "completed"
+
+
+def test_nothing_but_failures_ends_the_study(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        tasks = [driver.ask() for _ in range(4)]
+        for task in tasks[1:3]:
+            assert task is not None
+            driver.fail(task.number, "boom")
+        assert driver.fatal is None
+        assert tasks[3] is not None
+        driver.fail(tasks[3].number, "the third boom")
+        assert driver.fatal is not None and "the third boom" in driver.fatal and not driver.has_next
+
+
+@pytest.mark.parametrize("metrics", [{}, {"val/dice": float("nan")}, {"val/dice": float("inf")}, {"val/loss": 1.0}])
+def test_an_outcome_without_its_objective_is_a_failure(tmp_path: Path, metrics: dict[str, float]) -> None:
+    with study(tmp_path) as driver:
+        run(driver, 1)
+        task = driver.ask()
+        assert task is not None
+        driver.complete(task.number, TrialOutcome(metrics=metrics))
+        assert driver.record(task.number).state == "failed"
+        assert "val/dice" in (task.directory / "error.txt").read_text(encoding="utf-8")
+
+
+def test_a_trial_that_the_deadline_cut_is_pruned(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        run(driver, 1)
+        task = driver.ask()
+        assert task is not None
+        driver.report(task.number, 1, 0.4, {"val/dice": 0.3})
+        driver.complete(task.number, TrialOutcome(metrics={"val/dice": 0.3}, seconds=2.0, stopped="deadline"))
+        record = driver.record(task.number)
+        assert (record.state, record.stopped, record.seconds) == ("pruned", "deadline", 2.0)
+
+
+def test_each_trial_ends_once(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        run(driver, 1)
+        for end in (lambda: driver.prune(0), lambda: driver.fail(0, "x"), lambda: driver.report(5, 1, 0.1, {})):
+            with pytest.raises(StudyError, match="not running"):
+                end()
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_a_fraction_outside_its_range(tmp_path: Path, fraction: float) -> None:
+    with study(tmp_path) as driver:
+        driver.ask()
+        with pytest.raises(StudyError, match=r"within 0\.\.1"):
+            driver.report(0, 1, fraction, {"val/dice": 1.0})
+
+
+# Choosing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "tpe"),
+        ({"trials": 1000}, "tpe"),
+        ({"trials": 1000, "space": NUMERIC}, "cmaes"),
+        ({"trials": 1000, "objectives": {"a": "max", "b": "min"}}, "nsga2"),
+        ({"objectives": {"a": "max", "b": "min"}}, "tpe"),
+        ({"sampler": "random"}, "random"),
+    ],
+)
+def test_the_sampler_that_auto_stands_for(tmp_path: Path, changes: dict[str, Any], chosen: str) -> None:
+    with study(tmp_path, **changes) as driver:
+        assert driver.sampler_name == chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"sampler": "cmaes"}, "at least two float or int"),
+        ({"sampler": "cmaes", "space": NUMERIC, "objectives": {"a": "max", "b": "min"}}, "knows one objective"),
+        ({"space": {}}, "space is empty"),
+    ],
+)
+def test_what_a_sampler_cannot_do(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(StudyError, match=complaint):
+        study(tmp_path, **changes)
+
+
+def better_than_random(folder: Callable[[str], Path], sampler: str) -> float:
+    def best(name: str) -> float:
+        with study(folder(name), space=NUMERIC, default={"optim.lr": 0.5}, sampler=name, trials=40) as driver:
+            run(driver)
+            record = driver.best()
+            assert record is not None and record.values is not None
+            return record.values[0]
+
+    return best(sampler) - best("random")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_the_sampler_learns(tmp_path: Path, sampler: str) -> None:
+    assert better_than_random(lambda name: tmp_path / name, sampler) > 0
+
+
+# Importance ---------------------------------------------------------------------------------------------------------
+
+
+def test_importance_finds_what_matters(tmp_path: Path) -> None:
+    with study(tmp_path, space=NUMERIC, default={"optim.lr": 0.5}, sampler="random", trials=40) as driver:
+        run(driver)
+        importance = driver.importance()
+    assert importance.method == "fanova" and importance.trials == 39
+    assert next(iter(importance.shares)) == "optim.lr" and importance.shares["optim.lr"] > 0.6
+    assert sum(importance.shares.values()) == pytest.approx(1.0)
+
+
+def test_importance_of_few_trials_is_empty_and_says_why(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        assert driver.importance().shares == {}
+        run(driver, 4)
+        importance = driver.importance()
+    assert importance.shares == {} and "at least 8" in importance.note
+
+
+def test_importance_with_early_stops_and_conditions_uses_the_first_rung(tmp_path: Path) -> None:
+    with study(tmp_path, pruner="asha", trials=20, sampler="random") as driver:
+        run(driver)
+        assert driver.counts()["completed"] < 8
+        importance = driver.importance()
+    assert importance.shares and "11% of the schedule" in importance.note
+    assert importance.shares["optim.lr"] == max(importance.shares.values())
