@@ -8,6 +8,7 @@ alone: a resumed run, and any number of worker processes, see the same batches.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 
@@ -96,6 +97,9 @@ class TrainLoader:
         if self._workers == 0:
             return (self._batches[key] for key in keys)
         if self._loader is None:
+            # fork would copy the threads of CUDA and Ray half; a fork server is safe, and pays for its imports once
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["medray.data.loader"])
             self._loader = DataLoader(
                 self._batches,
                 batch_size=None,
@@ -103,7 +107,7 @@ class TrainLoader:
                 num_workers=self._workers,
                 pin_memory=self._pin,
                 persistent_workers=True,
-                multiprocessing_context="forkserver",
+                multiprocessing_context=context,
             )
         self._keys.keys = keys
         return iter(self._loader)
