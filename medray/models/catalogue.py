@@ -1,0 +1,153 @@
+"""The catalogue: which networks there are, and how one is built by name.
+
+A new network is a file with ``SPECS`` and one line in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from medray.config.schema import ModelConfig
+from medray.errors import ModelError
+from medray.models import (
+    bisenet,
+    deeplab,
+    encoders,
+    medvit,
+    monai_nets,
+    small,
+    swin,
+    timm_nets,
+    unet,
+    unetpp,
+    vit_unets,
+)
+from medray.models.spec import Kind, ModelSpec, Request
+from medray.models.weights import hub_weights, load_weights
+
+FAMILIES = (
+    unet.SPECS,
+    unetpp.SPECS,
+    monai_nets.SPECS,
+    swin.SPECS,
+    vit_unets.SPECS,
+    deeplab.SPECS,
+    encoders.SPECS,
+    bisenet.SPECS,
+    small.SPECS,
+    timm_nets.SPECS,
+    medvit.SPECS,
+)
+CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for family in FAMILIES for spec in family}
+"""Every network by name. Beside them, ``timm:NAME`` classifies with, and ``encoder:NAME`` segments under a U-Net decoder by,
+any network of timm."""
+
+
+def names(kind: Kind | None = None, ndim: int | None = None) -> tuple[str, ...]:
+    """Names of the catalogue that do ``kind`` on ``ndim``-D images, in the catalogue's order."""
+    return tuple(
+        spec.name
+        for spec in CATALOGUE.values()
+        if (kind is None or kind in spec.kinds) and (ndim is None or ndim in spec.ndims)
+    )
+
+
+def lookup(name: str) -> ModelSpec:
+    """The entry of that name.
+
+    Raises:
+        ModelError: there is none; the message has the nearest names.
+    """
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    prefix, colon, inner = name.partition(":")
+    if colon and prefix == "timm":
+        return timm_nets.any_backbone(inner)
+    if colon and prefix == "encoder":
+        return encoders.any_encoder(inner)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), CATALOGUE, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    raise ModelError(
+        f"there is no model '{name}'. {hint}List them with: medray models. "
+        f"Any timm network can be had as 'timm:NAME' (classification) or 'encoder:NAME' (2-D segmentation)"
+    )
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    kind: Kind,
+    ndim: int,
+    in_channels: int,
+    num_outputs: int,
+    patch_size: tuple[int, ...] | None,
+) -> nn.Module:
+    """Build the network that ``config`` names.
+
+    Args:
+        config: name, width, depth and so on; ``pretrained`` is None (random weights, no network access), ``"hub"``, or a
+            local ``.safetensors`` file.
+        kind: the task.
+        ndim: spatial axes, 2 or 3.
+        in_channels: channels C of the input (B, C, *spatial).
+        num_outputs: K of the logits: (B, K) in classification, (B, K, *spatial) in segmentation.
+        patch_size: spatial shape that it will be trained on; decides stems and token grids. None for unknown.
+
+    Returns:
+        the network. In segmentation with ``deep_supervision`` and in training mode, ``forward`` gives a list of logits, full
+        resolution first.
+
+    Raises:
+        ModelError: an unknown name, or something that this network can't do.
+    """
+    spec = lookup(config.name)
+    for what, value in (("in_channels", in_channels), ("num_outputs", num_outputs)):
+        if value < 1:
+            raise ModelError(f"{what}={value} for model '{config.name}': it must be at least 1")
+    spec.check(config, kind=kind, ndim=ndim, patch_size=patch_size)
+    hub = config.pretrained == "hub"
+    if hub and not (spec.hub and ndim == 2):
+        raise ModelError(
+            f"the hub has no {ndim}-D weights for '{config.name}'. Give a local .safetensors file in model.pretrained, or "
+            f"leave it out"
+        )
+    if config.pretrained and not hub and not config.pretrained.endswith(".safetensors"):
+        raise ModelError(f"model.pretrained='{config.pretrained}' is neither 'hub' nor a local .safetensors file")
+    request = Request(
+        config=config,
+        ndim=ndim,
+        in_channels=in_channels,
+        num_outputs=num_outputs,
+        patch_size=patch_size,
+        feature_size=config.feature_size or spec.feature_size or 0,
+        depth=spec.resolved_depth(config, ndim),
+        hub=hub,
+    )
+    if hub:
+        with hub_weights(config.name):
+            return spec.build(request)
+    model = spec.build(request)
+    if config.pretrained:
+        load_weights(model, Path(config.pretrained))
+    return model
+
+
+@lru_cache(maxsize=256)
+def count_parameters(name: str, ndim: int, *, in_channels: int = 1, num_outputs: int = 2) -> int:
+    """Trainable parameters of a catalogue entry as it comes. Nothing is allocated (PyTorch's meta device)."""
+    spec = lookup(name)
+    with torch.device("meta"):
+        model = build_model(
+            ModelConfig(name=name),
+            kind=spec.kinds[0],
+            ndim=ndim,
+            in_channels=in_channels,
+            num_outputs=num_outputs,
+            patch_size=None,
+        )
+    return sum(part.numel() for part in model.parameters() if part.requires_grad)
