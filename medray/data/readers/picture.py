@@ -17,6 +17,9 @@ be black and white, and is cut at half.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +43,7 @@ from medray.errors import MissingDependencyError, UnreadableError
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")  # an MPO opens as a JPEG
 _GREY = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 _LOSSY = {"JPEG", "MPO"}
+warnings.filterwarnings("ignore", category=Pillow.DecompressionBombWarning)  # _check has a limit of its own
 
 
 def read_image(path: Path) -> Image:
@@ -121,20 +125,31 @@ def probe(path: Path) -> Header:
             return Header(shape=shape[::-1] if _exif(picture) >= 5 else shape, channels=1 if grey else 3, spacing=None)
 
 
-def _open(path: Path) -> Pillow.Image:
-    """Naming the formats keeps Pillow's other plug-ins (PostScript among them) out of reach of a stranger's file."""
-    try:
-        return Pillow.open(path, formats=_FORMATS)
-    except Pillow.UnidentifiedImageError:
-        raise UnreadableError(
-            path, f"no picture, or its header is damaged; readable are {', '.join(_FORMATS)}"
-        ) from None
+@contextmanager
+def _open(path: Path) -> Iterator[Pillow.Image]:
+    """Naming the formats keeps Pillow's other plug-ins (PostScript among them) out of reach of a stranger's file.
+
+    Pillow is given an open file, not a path: given a path it maps an uncompressed TIFF into memory, and then (13.0)
+    mixes up rows and columns where the orientation swaps them.
+    """
+    with path.open("rb") as file:
+        try:
+            picture = Pillow.open(file, formats=_FORMATS)
+        except Pillow.UnidentifiedImageError:
+            raise UnreadableError(
+                path, f"no picture, or its header is damaged; readable are {', '.join(_FORMATS)}"
+            ) from None
+        with picture:
+            yield picture
 
 
 def _check(path: Path, picture: Pillow.Image, size: int, *, labels: bool) -> None:
     channels = len(picture.getbands())
     require_shape(path, (picture.height, picture.width), channels)
     require_ratio(path, 4 * picture.height * picture.width * channels, size, labels=labels, deflate=False)
+    if picture.format == "PNG":  # where a stream ends early Pillow fills the rest with zeros, in silence
+        bits = 1 if channels == 1 else 8
+        require_ratio(path, picture.height * picture.width * channels * bits // 8, size, labels=True)
     pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
     if pages > 1:
         raise UnreadableError(
