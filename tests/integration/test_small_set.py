@@ -7,21 +7,12 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from tests.unit.test_architecture import SMALL_SET, closure
+from tests.unit.test_architecture import ABSENT, SMALL_SET, closure
 
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import importlib.abc, sys
 from pathlib import Path
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-        return None
-
-sys.meta_path.insert(0, Absent())
 
 import numpy as np
 from medray.config.schema import AugmentConfig, Experiment, ModelConfig, TrainConfig
@@ -57,7 +48,7 @@ result = fit(
     model,
     loader,
     loss,
-    validate=lambda model: {{"val/dice": dice}},
+    validate=lambda model: {"val/dice": dice},
     objective=("val/dice", "max"),
     run_dir=Path("run"),
 )
@@ -70,7 +61,7 @@ def test_the_lower_packages_train_with_the_small_set_alone(tmp_path: Path) -> No
     present = closure(SMALL_SET)
     blocked = {module for module in metadata.packages_distributions() if module not in present and module != "medray"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(blocked=blocked)],
+        [sys.executable, "-c", ABSENT.format(blocked=blocked) + SCRIPT],
         cwd=tmp_path,
         capture_output=True,
         text=True,
