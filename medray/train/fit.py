@@ -25,7 +25,7 @@ from medray.learn.optimizers import build_optimizer
 from medray.learn.schedules import Schedule
 from medray.train import checkpoint, memory
 from medray.train.pace import Pace
-from medray.train.precision import memory_format, resolve_device, resolve_precision
+from medray.train.precision import lay_out, resolve_device, resolve_precision
 from medray.train.progress import FitResult, Progress, Stopped
 from medray.train.runtime import LocalRuntime, Runtime
 from medray.train.seeding import deterministic, get_rng, preserved_rng, seed_everything, set_rng
@@ -145,9 +145,7 @@ class _Run:
         self.earlier = 0.0  # seconds of earlier sittings
         memory.reset_peak(runtime.device)
         precision = resolve_precision(train.precision, runtime.device)
-        for ndim, kind in ((2, nn.Conv2d), (3, nn.Conv3d)):
-            if any(isinstance(module, kind) for module in model.modules()):
-                model.to(memory_format=memory_format(ndim, precision))
+        channels_last = lay_out(model, runtime.device, precision)
         seed_everything(experiment.seed)
         wrapped, self.optimizer, batches = runtime.prepare(
             model, lambda module: build_optimizer(module, experiment.optim), train_loader
@@ -161,6 +159,7 @@ class _Run:
             precision=precision,
             micro_batch=train.micro_batch,
             clip_norm=experiment.optim.clip_norm,
+            channels_last=channels_last,
         )
         self.ema = Ema(model, train.ema) if train.ema else None
         self.schedule = Schedule(experiment.schedule, objective[1])

@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import nn
 
 from medray.errors import ConfigError
 
-__all__ = ["Precision", "autocast", "cpu_has_bf16", "memory_format", "resolve_device", "resolve_precision"]
+__all__ = ["Precision", "autocast", "cpu_has_bf16", "lay_out", "memory_format", "resolve_device", "resolve_precision"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -55,9 +56,24 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def memory_format(ndim: int, precision: Precision) -> torch.memory_format:
-    """How convolution weights and inputs of ``ndim`` spatial axes should lie: channels last where low precision
-    computes."""
-    if precision == "fp32":
+def memory_format(ndim: int, device: torch.device, precision: Precision) -> torch.memory_format:
+    """How images of ``ndim`` spatial axes, and the kernels that meet them, lie fastest.
+
+    Channels last on a CPU (oneDNN: 1.2 times in fp32 and in bf16, 3-D U-Net of width 24) and for tensor cores.
+    """
+    if ndim not in (2, 3) or (device.type == "cuda" and precision == "fp32"):
         return torch.contiguous_format
     return torch.channels_last if ndim == 2 else torch.channels_last_3d
+
+
+def lay_out(model: nn.Module, device: torch.device, precision: Precision) -> bool:
+    """Put the model's kernels into the layout of :func:`memory_format`; whether its images should lie so too.
+
+    Models with group normalisation stay as they are on a CPU: its backward pass is some 25 times slower with channels last.
+    """
+    if device.type == "cpu" and any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        return False
+    for ndim, kind in ((2, nn.Conv2d), (3, nn.Conv3d)):
+        if any(isinstance(module, kind) for module in model.modules()):
+            model.to(memory_format=memory_format(ndim, device, precision))
+    return True

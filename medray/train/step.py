@@ -38,6 +38,7 @@ class Stepper:
         precision: of the forward pass.
         micro_batch: samples at once in memory; None for all.
         clip_norm: largest norm of the gradient; 0 for no limit.
+        channels_last: what :func:`~medray.train.precision.lay_out` said of the model.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Stepper:
         precision: Precision,
         micro_batch: int | None,
         clip_norm: float,
+        channels_last: bool,
     ) -> None:
         self.model, self.optimizer, self.criterion, self.runtime = model, optimizer, criterion, runtime
         self.precision, self.micro_batch, self.clip_norm = precision, micro_batch, clip_norm
+        self.channels_last = channels_last
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self._skipped = 0
@@ -181,11 +184,10 @@ class Stepper:
 
     def _fetch(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         images, device = batch["image"], self.runtime.device
-        if images.ndim in (4, 5):
-            layout = memory_format(images.ndim - 2, self.precision)
-            images = images.to(device, non_blocking=True, memory_format=layout)
-        else:
-            images = images.to(device, non_blocking=True)
+        layout = torch.preserve_format
+        if self.channels_last:
+            layout = memory_format(images.ndim - 2, device, self.precision)
+        images = images.to(device, non_blocking=True, memory_format=layout)
         return images, batch["target"].to(device, non_blocking=True)
 
     # -- random numbers: a repeated pass must draw the same

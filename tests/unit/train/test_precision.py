@@ -43,3 +43,14 @@ def test_autocast_computes_low_and_leaves_fp32_alone() -> None:
         assert layer(x).dtype == torch.bfloat16
     with precision.autocast("fp32", CPU):
         assert layer(x).dtype == torch.float32
+
+
+def test_layout_follows_the_device_and_spares_group_normalisation() -> None:
+    conv = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3), torch.nn.Conv2d(2, 4, 3))
+    assert precision.lay_out(conv, CPU, "bf16")
+    assert conv[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert conv[1].weight.is_contiguous(memory_format=torch.channels_last)
+    normed = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3), torch.nn.GroupNorm(2, 4))
+    assert not precision.lay_out(normed, CPU, "bf16") and normed[0].weight.is_contiguous()
+    assert precision.memory_format(3, CUDA, "fp32") == torch.contiguous_format
+    assert precision.memory_format(3, CUDA, "bf16") == torch.channels_last_3d
