@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -183,12 +184,7 @@ def evaluate(
 
 
 def _manifest(data: str | Manifest, kind: TaskKind) -> Manifest:
-    if isinstance(data, Manifest):
-        found = data
-    elif Path(data).name == "manifest.json" and Path(data).is_file():
-        found = Manifest.load(Path(data))
-    else:
-        found = build_manifest(data, task=kind)
+    found = data if isinstance(data, Manifest) else build_manifest(data, task=kind)
     if found.task != kind:
         raise DataError(
             f"{found.source}: its task is {found.task}, the bundle's {kind}. Give data of the bundle's task"
@@ -271,6 +267,20 @@ def _score(
     )
 
 
+class _Remembered:
+    """All measures at once, kept for each draw: the bootstrap of each measure draws the same cases."""
+
+    def __init__(self, measure: Callable[[Array, Array], dict[str, float]]) -> None:
+        self._measure = measure
+        self._known: dict[bytes, dict[str, float]] = {}
+
+    def __call__(self, truth: Array, probabilities: Array) -> dict[str, float]:
+        key = hashlib.blake2b(truth.tobytes() + probabilities.tobytes(), digest_size=16).digest()
+        if key not in self._known:
+            self._known[key] = self._measure(truth, probabilities)
+        return self._known[key]
+
+
 def _scores(bundle: Bundle, rows: list[tuple[Array, ...]]) -> _Scores:
     arrays = tuple(np.stack([row[part] for row in rows]) for part in range(2))
     spec = bundle.spec
@@ -281,13 +291,13 @@ def _scores(bundle: Bundle, rows: list[tuple[Array, ...]]) -> _Scores:
         for index, name in enumerate(spec.classes[1:]):
             statistics[f"dice/{name}"] = lambda dice, _, index=index: mean_over_cases(dice[:, index : index + 1])
             statistics[f"hd95_mm/{name}"] = lambda _, far, index=index: mean_over_cases(far[:, index : index + 1])
-    elif spec.kind == "classification":
-        for name in CLASSIFICATION:
-            statistics[name] = lambda label, p, name=name: classification_metrics(label, p)[name]
     else:
         cut = np.asarray(spec.thresholds or (0.5,) * len(spec.classes))
+        whole = _Remembered(
+            classification_metrics if spec.kind == "classification" else lambda t, p: multilabel_metrics(t, p, cut)
+        )
         for name in CLASSIFICATION:
-            statistics[name] = lambda truth, p, name=name: multilabel_metrics(truth, p, cut)[name]
+            statistics[name] = lambda truth, p, name=name: whole(truth, p)[name]
     return _Scores(arrays, statistics)
 
 
