@@ -1,7 +1,7 @@
 """How much faster is a training step of the default 3-D network than the same in plain fp32 PyTorch?
 
-The network, patch and batch are what the plan gives hippocampus-sized data on a CPU. Each contender lives in a process of
-its own (peak memory is that of its steps alone); they take turns, so that a busy machine is busy for all of them.
+The network, patch and batch are what the plan gives hippocampus-sized data on a CPU. Each contender lives in a process
+of its own (peak memory is that of its steps alone); they take turns, so that a busy machine is busy for all of them.
 
     python -m benchmarks step
 """
@@ -36,9 +36,9 @@ def run(quick: bool) -> Result:
     peers = {name: _figures(times[name], memory[name]) for name in CONTENDERS[1:]}
     threads = len(os.sched_getaffinity(0))
     notes = [
-        f"U-Net of width {WIDTH}, {DEPTH} levels, deep supervision, {BATCH} patches of {'x'.join(map(str, patch))}, Dice "
-        f"+ cross-entropy, AdamW; {threads} threads, medians of {rounds} steps taken in turn.",
-        "PyTorch fp32: the same network in a plain loop. DynUNet: MONAI's of the same widths, without deep supervision.",
+        f"U-Net of width {WIDTH}, {DEPTH} levels, deep supervision, {BATCH} patches of {'x'.join(map(str, patch))}, "
+        f"Dice + cross-entropy, AdamW; {threads} threads, medians of {rounds} steps taken in turn.",
+        "PyTorch fp32: the same network in a plain loop. DynUNet: MONAI's, same widths, no deep supervision.",
     ]
     if not _has_bf16():
         notes.append("This CPU multiplies no bfloat16 in hardware, so the target does not apply.")

@@ -69,11 +69,13 @@ def memory_format(ndim: int, device: torch.device, precision: Precision) -> torc
 def lay_out(model: nn.Module, device: torch.device, precision: Precision) -> bool:
     """Put the model's kernels into the layout of :func:`memory_format`; whether its images should lie so too.
 
-    Models with group normalisation stay as they are on a CPU: its backward pass is some 25 times slower with channels last.
+    Models with group normalisation stay as they are on a CPU: its backward pass is some 25 times slower with channels
+    last.
     """
     if device.type == "cpu" and any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         return False
-    for ndim, kind in ((2, nn.Conv2d), (3, nn.Conv3d)):
-        if any(isinstance(module, kind) for module in model.modules()):
-            model.to(memory_format=memory_format(ndim, device, precision))
+    for ndim, kinds in ((2, (nn.Conv2d, nn.ConvTranspose2d)), (3, (nn.Conv3d, nn.ConvTranspose3d))):
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.to(memory_format=memory_format(ndim, device, precision))
     return True
