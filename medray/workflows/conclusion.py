@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,33 @@ class Conclusion:
 
 @dataclass(frozen=True, kw_only=True)
 class Concluded:
-    """Who won, and the report's first line."""
+    """Who won, and by how much.
+
+    Attributes:
+        metrics: of the champion, on the cases that ``gain`` names: value and 95 % limits.
+    """
 
     champion: str
     headline: str
+    gain: Gain
+    metrics: dict[str, tuple[float, float, float]]
+
+    def save(self, path: Path, *, seconds: float) -> None:
+        """``result.json``, for programs; its presence says that the study has ended."""
+        summary = {
+            "champion": self.champion,
+            "headline": self.headline,
+            "measured_on": self.gain.measured_on,
+            "cases": self.gain.cases,
+            "metric": self.gain.metric,
+            "default": astuple(self.gain.default),
+            "difference": astuple(self.gain.difference),
+            "metrics": self.metrics,
+            "seconds": seconds,
+        }
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        partial.replace(path)
 
 
 def conclude(asked: Conclusion) -> Concluded:
@@ -123,7 +147,12 @@ def conclude(asked: Conclusion) -> Concluded:
         reproduce=_reproduce(asked, champion),
     )
     write_report(data, directory / "report.html")
-    return Concluded(champion=winner, headline=headline)
+    return Concluded(
+        champion=winner,
+        headline=headline,
+        gain=gain,
+        metrics={name: (found.value, found.low, found.high) for name, found in metrics.items()},
+    )
 
 
 def _interval(found: Estimate) -> Interval:

@@ -30,6 +30,7 @@ from medray.engines.ray.remote import call_all
 from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
 from medray.errors import ConfigError, StudyError
+from medray.search.budget import plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
@@ -44,8 +45,8 @@ from medray.workflows.trial import COSTS, FinalTask, TrialPayload, run_final, ru
 
 CLASSIFICATION_METRICS = ("auc", "accuracy", "balanced_accuracy", "f1", "log_loss", "brier", "average_precision")
 
-SHORTEST = 20.0
-"""Seconds under which a trial would measure little but its own start."""
+SHORTEST = 10.0
+"""Seconds under which a final fit would come to nothing that a trial's network isn't already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,8 @@ def tune(
         ConfigError, DataError, StudyError: before anything starts where that can be seen; each says what to do.
     """
     begun = time.time() if started is None else started
-    directory, asked = _resumed(resume, overrides) if resume else _new(path, overrides, runs)
+    # Workers have other working directories than we.
+    directory, asked = _resumed(resume.resolve(), overrides) if resume else _new(path, overrides, runs.resolve())
     clock = Clock(directory / "clock.json", asked.study.budget, started=begun)
     return _Study(directory, asked, clock, observer).run(address)
 
@@ -214,9 +216,7 @@ class _Study:
                     clock=self.clock,
                 )
             )
-        (self.directory / "result.json").write_text(
-            json.dumps({"champion": conclusion.champion, "headline": conclusion.headline}), encoding="utf-8"
-        )
+        conclusion.save(self.directory / "result.json", seconds=self.clock.spent)
         self._tell("done", conclusion.headline)
         return self._result(conclusion.champion, conclusion.headline)
 
@@ -275,14 +275,23 @@ class _Study:
         study = self.asked.study
         if study.trials == 1 or not len(self.space):
             return [], {}, "none: the plan's default alone"
-        left = study.budget * study.search_share - sum(
-            self.clock.stages.get(name, 0.0) for name in ("data and plan", "search")
+        spent = self.clock.spent
+        plan = plan_budget(
+            study.budget,
+            trials=study.trials,
+            search_share=study.search_share,
+            concurrency=concurrency,
+            pruner=study.pruner,
+            spent=spent,
+            start_up=min(spent, sum(self.clock.stages.values()) - self.clock.stages.get("search", 0.0)),
+            finish=self._finish_seconds((), 2),
+            overhead=1.0,
         )
         with self.clock.stage("search"), self._driver() as driver:
-            if driver.has_next and left > SHORTEST / 2:
-                seconds = self._trial_seconds(left, concurrency)
+            if driver.has_next and plan.search > plan.trial / 2 > 0:
                 self._tell(
-                    "stage", f"searching: up to {study.trials} trials of {seconds:.0f} s, {concurrency} at a time"
+                    "stage",
+                    f"searching for {plan.search:.0f} s: trials of {plan.trial:.0f} s, {concurrency} at once",
                 )
                 costs = tuple(name for name in self.objectives if name in COSTS)
                 run_trials(
@@ -292,8 +301,8 @@ class _Study:
                     cpus_per_trial=cpus,
                     gpus_per_trial=gpus,
                     concurrency=concurrency,
-                    trial_seconds=seconds,
-                    deadline=time.time() + left,
+                    trial_seconds=plan.trial,
+                    deadline=time.time() + plan.search,
                     payload=TrialPayload(recipe=self.recipe, objective=self.objective, costs=costs),
                     on_event=self._on_trial,
                 )
@@ -309,16 +318,6 @@ class _Study:
             defaults[parameter.path] = value
         return StudyDriver(self.space, self.asked.study, self.objectives, self.directory, defaults)
 
-    def _trial_seconds(self, left: float, concurrency: int) -> float:
-        """What one trial may train for.
-
-        Half the trials or so are pruned at a third of their schedule or before, so the search has room for about 1.8
-        times as many as would fit whole; and few long trials tell more than many that learnt nothing.
-        """
-        study = self.asked.study
-        wanted = min(study.trials, max(3, round(math.sqrt(left / SHORTEST) * 2)))
-        return max(SHORTEST / 2, min(left / 2.2, 1.8 * left * concurrency / wanted))
-
     def _final(self, records: Sequence[TrialRecord], session: RaySession) -> list[tuple[str, Trained]]:
         """Train trial 0's experiment, and the best trial's where that is another, with what remains: each as long."""
         best = self._best_record(records)
@@ -326,24 +325,25 @@ class _Study:
         if best is not None and not best.is_default:
             plans.append((f"trial-{best.number}", best.params))
         finish = self._finish_seconds(records, len(plans))
-        left = self.clock.left - finish
-        parallel = len(plans) if session.gpus >= len(plans) else 1
+        open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
+        parallel = len(open_plans) if session.gpus >= len(open_plans) else 1
         with self.clock.stage("final fit"):
-            if left * parallel / len(plans) < SHORTEST / 2:
-                self._tell("note", "no time is left for a final fit: the trials' own networks stand")
-                return self._as_searched(records, best)
-            tasks = []
-            for position, (name, params) in enumerate(plans):
-                share = left if parallel > 1 else (self.clock.left - finish) / (len(plans) - position)
-                tasks.append(self._final_task(name, params, share))
-                if parallel == 1:
-                    self._tell("stage", f"final fit of {name}: {share:.0f} s")
-                    self._run_final(tasks[-1:], session, parallel)
-            if parallel > 1:
-                self._tell("stage", f"final fit of {len(tasks)} networks at once: {left:.0f} s")
-                self._run_final(tasks, session, parallel)
-        found = [(name, load_trained(self.recipe, self.directory / "final" / name)) for name, _ in plans]
+            while open_plans:
+                seconds = (self.clock.left - finish) * parallel / len(open_plans)
+                if seconds < SHORTEST:
+                    if len(open_plans) == len(plans):
+                        self._tell("note", "no time is left for a final fit: the trials' own networks stand")
+                        return self._as_searched(records, best)
+                    break
+                now, open_plans = open_plans[:parallel], open_plans[parallel:]
+                names = " and ".join(name for name, _ in now)
+                self._tell("stage", f"final fit of {names}: {seconds:.0f} s")
+                self._run_final([self._final_task(name, params, seconds) for name, params in now], session, parallel)
+        found = [(name, self._finalist(name)) for name, _ in plans]
         return [(name, trained) for name, trained in found if trained is not None]
+
+    def _finalist(self, name: str) -> Trained | None:
+        return load_trained(self.recipe, self.directory / "final" / name)
 
     def _final_task(self, name: str, params: Mapping[str, Any], seconds: float) -> FinalTask:
         return FinalTask(
