@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from medray.data.layouts import build_manifest
 from medray.data.manifest import IGNORE, Case, Manifest, Split, TaskKind
 from medray.data.readers import read_case
 from medray.data.writers.atomic import appearing
-from medray.errors import DataError, MedrayError
+from medray.errors import BundleError, DataError, MedrayError
 from medray.learn.intervals import Interval, bootstrap, paired_bootstrap
 from medray.learn.metrics import (
     classification_metrics,
@@ -77,10 +78,15 @@ class Evaluation:
     notes: tuple[str, ...]
     intended_use: str
 
-    def save(self, path: Path) -> None:
-        """Write all of it as JSON, atomically; what is not a number becomes null."""
-        with appearing(path) as partial:
+    def save(self, directory: Path) -> None:
+        """Write ``evaluation.json`` (all of it; what is not a number becomes null) and ``cases.csv``, a row a case."""
+        directory.mkdir(parents=True, exist_ok=True)
+        with appearing(directory / "evaluation.json") as partial:
             partial.write_text(json.dumps(_plain(asdict(self)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with appearing(directory / "cases.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def evaluate(
         compare: another bundle of the same task and classes: the same cases, compared pairwise.
         split: auto takes the test cases where the data name any, and all others else.
         cases: indices into the manifest's cases, instead of ``split``.
-        out: JSON file to write.
+        out: folder for ``evaluation.json`` and ``cases.csv``.
         seed: of the bootstrap.
         progress: called after each case.
 
@@ -132,6 +138,8 @@ def evaluate(
             f"{ours.spec.kind} of {ours.spec.classes} and {theirs.spec.kind} of {theirs.spec.classes}"
         )
     chosen, shown = _choose(manifest, split, cases)
+    if shown == "all" and _trained_on(ours) == manifest.source:
+        notes.append("The bundle was trained on cases of these same data: the figures are optimistic.")
     engines = [(each, each.predictor(runtime, device=device)) for each in (ours, theirs) if each is not None]
     kept: list[Case] = []
     failed: list[tuple[str, str]] = []
@@ -181,6 +189,21 @@ def evaluate(
     if out is not None:
         result.save(out)
     return result
+
+
+def _trained_on(bundle: Bundle) -> str | None:
+    """The data source of the bundle's own experiment, where it is told."""
+    import yaml
+
+    if "experiment.yaml" not in bundle.spec.files:
+        return None
+    try:
+        tree = yaml.safe_load((bundle.directory / "experiment.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BundleError(
+            f"{bundle.directory}/experiment.yaml: can't be read ({error}). Write the bundle anew"
+        ) from None
+    return tree.get("data") if isinstance(tree, dict) else None
 
 
 def _manifest(data: str | Manifest, kind: TaskKind) -> Manifest:

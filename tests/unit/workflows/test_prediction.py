@@ -15,7 +15,7 @@ from PIL import Image as Pillow
 from medray.bundle.read import Bundle
 from medray.bundle.spec import INTENDED_USE, InferenceSpec
 from medray.bundle.write import write_bundle
-from medray.config.schema import ModelConfig, PreprocessConfig
+from medray.config.schema import Experiment, ModelConfig, PreprocessConfig
 from medray.data.layouts import build_manifest
 from medray.errors import BundleError, DataError
 from medray.models.catalogue import build_model
@@ -172,7 +172,7 @@ def test_names_never_leave_the_output_folder(bundles, tmp_path):
 
 
 def test_evaluate_segmentation(bundles, tmp_path):
-    found = evaluate(bundles["seg3"], "phantom://ct-lesions?seed=0&cases=6&size=24", out=tmp_path / "e.json")
+    found = evaluate(bundles["seg3"], "phantom://ct-lesions?seed=0&cases=6&size=24", out=tmp_path / "e")
     assert found.cases == 6 and found.patients <= 6
     assert set(found.metrics) == {
         *("dice", "hd95_mm", "dice/liver", "dice/lesion", "hd95_mm/liver", "hd95_mm/lesion"),
@@ -181,7 +181,9 @@ def test_evaluate_segmentation(bundles, tmp_path):
     assert found.metrics["dice"].value == pytest.approx(mean)
     assert found.metrics["dice"].low <= found.metrics["dice"].value <= found.metrics["dice"].high
     assert sum(site["cases"] for site in found.sites.values()) == 6
-    told = json.loads((tmp_path / "e.json").read_text())
+    told = json.loads((tmp_path / "e/evaluation.json").read_text())
+    with (tmp_path / "e/cases.csv").open() as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [row["id"] for row in found.rows]
     assert told["metrics"]["dice"]["value"] == pytest.approx(mean)
     assert told["intended_use"] == INTENDED_USE
 
@@ -238,3 +240,10 @@ def test_evaluate_takes_the_test_cases_and_names_what_failed(bundles, tmp_path):
         evaluate(bundles["multi"], split, split="val")
     with pytest.raises(DataError, match="its task is multilabel"):
         evaluate(Bundle.open(bundles["cls"]), split)
+
+
+def test_evaluate_says_where_the_bundle_was_trained_on_the_same_data(bundles, tmp_path):
+    data = "phantom://xray-nodules?seed=0&cases=8&size=48"
+    trained = make(tmp_path / "b", "classification", 2, ["normal", "nodule"], experiment=Experiment(data=data))
+    assert "optimistic" in evaluate(trained, data).notes[0]
+    assert not evaluate(trained, data.replace("seed=0", "seed=1")).notes
