@@ -123,7 +123,7 @@ _HUGE = (b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\xff\x7f", b"\
 
 def huge(data: bytes, rng: random.Random) -> bytes:
     """``data`` with a header that claims an absurd size in its format's own fields; bits flipped where it has none."""
-    if data[:2] == b"\x1f\x8b":  # NIfTI within gzip: shape is six int16 at byte 42
+    if data[:2] == b"\x1f\x8b":  # NIfTI within gzip: its shape is four int16 from byte 40
         plain = bytearray(zlib.decompress(data, zlib.MAX_WBITS | 16))
         struct.pack_into("<4h", plain, 40, 3, *(rng.choice([32767, 20000, 1]) for _ in range(3)))
         packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)

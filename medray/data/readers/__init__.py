@@ -16,6 +16,7 @@ import numpy as np
 from medray.data.image import Image, Mask
 from medray.data.manifest import Case
 from medray.data.readers import dicom, nifti, npz, picture
+from medray.data.readers.dicom_seg import place
 from medray.data.readers.guard import reading, require_file
 from medray.data.readers.header import Header
 from medray.errors import UnreadableError
@@ -114,7 +115,10 @@ def read_case(case: Case, root: Path) -> tuple[Image, Mask | None, Mask | None]:
             source=image.source,
             original=image.original,
         )
-    masks = [None if reference is None else read_mask(reference, root) for reference in (case.mask, case.valid)]
+    masks = [
+        None if reference is None else _aligned(read_mask(reference, root), image)
+        for reference in (case.mask, case.valid)
+    ]
     for mask in masks:
         if mask is not None and mask.array.shape != image.shape:
             raise UnreadableError(
@@ -122,6 +126,14 @@ def read_case(case: Case, root: Path) -> tuple[Image, Mask | None, Mask | None]:
                 f"the mask has shape {mask.array.shape}, its image {image.shape} ({image.source}); they share a grid",
             )
     return image, masks[0], masks[1]
+
+
+def _aligned(mask: Mask, image: Image) -> Mask:
+    """A DICOM image's mask in the image's grid: segmentations hold only the slices where something was marked."""
+    if image.original.get("format") != "dicom" or mask.affine is None or image.affine is None:
+        return mask
+    same = mask.array.shape == image.shape and np.allclose(mask.affine, image.affine, atol=1e-3)
+    return mask if same else place(mask, image)
 
 
 def _require_same_grid(first: Image, other: Image) -> None:

@@ -29,6 +29,7 @@ from medray.data.image import Image, Mask
 from medray.data.readers.dicom_file import find_frames, load, looks_bare, modality, not_an_image
 from medray.data.readers.dicom_grid import Frame, Grid, stack
 from medray.data.readers.dicom_pixels import decode
+from medray.data.readers.dicom_seg import CLASSES, read_segmentation
 from medray.data.readers.guard import finite, reading, require_shape, require_spacing, to_labels
 from medray.data.readers.header import Header
 from medray.errors import UnreadableError
@@ -75,11 +76,21 @@ def read_image(path: Path, series: str = "") -> Image:
 
 
 def read_mask(path: Path, series: str = "") -> Mask:
-    """Read a label map stored as DICOM images, in the grid that :func:`read_image` gives.
+    """Read a label map: a DICOM Segmentation object (or a directory with one), or images of whole numbers.
 
     Raises:
-        UnreadableError: as :func:`read_image`; or it has channels or fractions.
+        UnreadableError: as :func:`read_image`; fractional or overlapping segments; channels or fractions.
     """
+    with reading(path, "DICOM data"):
+        objects = [path] if not path.is_dir() else [file for file in sorted(path.iterdir()) if _is_dicom(file)]
+        headers = {file: load(file, pixels=False) for file in objects} if not series else {}
+        found = [file for file, header in headers.items() if str(header.get("SOPClassUID")) in CLASSES]
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:8])
+            raise UnreadableError(path, f"{len(found)} segmentations ({names}); name the file of one")
+        if found:
+            with reading(found[0], "DICOM segmentation"):
+                return read_segmentation(found[0], load(found[0], pixels=True))
     image = read_image(path, series)
     if len(image.array) != 1:
         raise UnreadableError(path, f"a mask has one channel, but this one has {len(image.array)}")

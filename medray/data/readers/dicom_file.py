@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zlib
 from pathlib import Path
@@ -69,6 +70,7 @@ def load(path: Path, *, pixels: bool) -> Any:
         raise MissingDependencyError("pydicom", "reading DICOM", "pip install 'pydicom>=3,<4'") from None
     # What pydicom warns of (odd value representations, lengths) is either harmless or becomes an error of ours below.
     warnings.filterwarnings("ignore", module="pydicom")
+    logging.getLogger("pydicom").setLevel(logging.ERROR)
     with reading(path, "DICOM file"):
         require_file(path)
         with path.open("rb") as file:
@@ -138,7 +140,7 @@ def find_frames(path: Path, dataset: Any) -> list[Frame]:
         if count > 1 and str(dataset.get("Modality")) == "SM":
             raise UnreadableError(path, f"a whole slide in {count} tiles; export the region of interest as a picture")
         if groups:
-            return _enhanced(path, dataset, groups, count, (rows, columns))
+            return functional_frames(path, dataset)
         if count > 1:
             raise UnreadableError(
                 path, f"{count} frames without positions in space (a film?); export the frames as pictures, one a file"
@@ -158,28 +160,36 @@ def find_frames(path: Path, dataset: Any) -> list[Frame]:
         ]
 
 
-def _enhanced(path: Path, dataset: Any, groups: Any, count: int, size: tuple[int, int]) -> list[Frame]:
-    """Frames of an enhanced multi-frame object (PS3.3 C.7.6.16): per frame where given, else shared by all."""
+def functional(dataset: Any, frame: Any, sequence: str) -> Any:
+    """The item of a functional group (PS3.3 C.7.6.16): the frame's own, else the one that all share, else empty."""
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    found = frame.get(sequence) or shared.get(sequence)
+    return found[0] if found else {}
+
+
+def functional_frames(path: Path, dataset: Any) -> list[Frame]:
+    """Frames of an object with functional groups: enhanced images and segmentations.
+
+    Raises:
+        UnreadableError: fewer or more descriptions than frames.
+    """
+    count, groups = int(dataset.get("NumberOfFrames") or 1), dataset.get("PerFrameFunctionalGroupsSequence") or ()
     if len(groups) != count:
         raise UnreadableError(path, f"the header claims {count} frames but describes {len(groups)}")
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
-
-    def find(frame: Any, sequence: str) -> Any:
-        found = frame.get(sequence) or shared.get(sequence)
-        return found[0] if found else {}
-
     frames = []
-    for index, frame in enumerate(groups):
-        measures = find(frame, "PixelMeasuresSequence")
+    for index, group in enumerate(groups):
+        measures = functional(dataset, group, "PixelMeasuresSequence")
+        position = functional(dataset, group, "PlanePositionSequence").get("ImagePositionPatient")
+        orientation = functional(dataset, group, "PlaneOrientationSequence").get("ImageOrientationPatient")
         frames.append(
             Frame(
                 path=path,
                 index=index,
                 instance=f"{dataset.get('SOPInstanceUID')}/{index}",
                 number=index,
-                size=size,
-                position=_vector(find(frame, "PlanePositionSequence").get("ImagePositionPatient"), 3),
-                orientation=_vector(find(frame, "PlaneOrientationSequence").get("ImageOrientationPatient"), 6),
+                size=(int(dataset.Rows), int(dataset.Columns)),
+                position=_vector(position, 3),
+                orientation=_vector(orientation, 6),
                 spacing=_vector(measures.get("PixelSpacing"), 2),
                 thickness=_positive(measures.get("SliceThickness")),
             )

@@ -20,7 +20,7 @@ _PARALLEL = 1e-3  # largest difference of direction cosines within one stack
 _SAME_PLACE_MM = 0.01
 _EVEN = 0.05  # largest deviation of a step from the median, in steps: headers round to 0.01 or 0.1 mm
 _STRAIGHT = 0.5  # largest sideways deviation of a slice from the stack's axis, in pixels
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,34 @@ def stack(source: object, frames: Sequence[Frame]) -> Grid:
     located = first.position is not None and first.orientation is not None and first.spacing is not None
     if len(frames) == 1 and not located:
         return Grid(frames=((first,),), affine=None, spacing=first.spacing, tilt=0.0)
+    row, column, normal = common_plane(source, frames)
+    assert first.spacing is not None
+    slices = _ordered(source, frames, normal)
+    corners = np.array([places[0].position for places in slices])
+    step, tilt = normal * (first.thickness or 1.0), 0.0
+    if len(slices) > 1:
+        _require_even(source, slices, corners @ normal)
+        step = (corners[-1] - corners[0]) / (len(slices) - 1)
+        bend = np.linalg.norm(corners - corners[0] - np.outer(np.arange(len(slices)), step), axis=1)
+        # along the normal, steps were judged already: what is left is sideways
+        if bend.max() > _STRAIGHT * min(first.spacing) + _EVEN * np.linalg.norm(step) * len(slices) ** 0.5:
+            where = slices[int(bend.argmax())][0].path.name
+            raise UnreadableError(source, f"{where} lies {bend.max():.2f} mm beside the line through the other slices")
+        tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
+    affine = np.eye(4)
+    affine[:3] = np.stack([row * first.spacing[1], column * first.spacing[0], step, corners[0]], axis=1)
+    return Grid(
+        frames=slices, affine=LPS_TO_RAS @ affine, spacing=first.spacing, tilt=0.0 if tilt < 0.1 else round(tilt, 2)
+    )
+
+
+def common_plane(source: object, frames: Sequence[Frame]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Unit vectors along a row, down a column and along the normal that all frames share, in LPS.
+
+    Raises:
+        UnreadableError: frames without geometry, or of different size, direction or pixel spacing.
+    """
+    first = frames[0]
     for frame in frames:
         if frame.position is None or frame.orientation is None or frame.spacing is None:
             raise UnreadableError(
@@ -114,30 +142,14 @@ def stack(source: object, frames: Sequence[Frame]) -> Grid:
             raise UnreadableError(
                 source, f"pixel spacing {first.spacing} in {first.path.name}, {frame.spacing} in {frame.path.name}"
             )
-    assert first.orientation is not None and first.spacing is not None
+    assert first.orientation is not None
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
     normal = np.cross(row, column)
     if abs(np.linalg.norm(row) - 1) > 0.01 or abs(np.linalg.norm(column) - 1) > 0.01 or abs(row @ column) > 0.01:
         raise UnreadableError(
             source, f"ImageOrientationPatient {list(first.orientation)} is no pair of perpendicular unit vectors"
         )
-    slices = _ordered(source, frames, normal)
-    corners = np.array([places[0].position for places in slices])
-    step, tilt = normal * (first.thickness or 1.0), 0.0
-    if len(slices) > 1:
-        _require_even(source, slices, corners @ normal)
-        step = (corners[-1] - corners[0]) / (len(slices) - 1)
-        bend = np.linalg.norm(corners - corners[0] - np.outer(np.arange(len(slices)), step), axis=1)
-        # along the normal, steps were judged already: what is left is sideways
-        if bend.max() > _STRAIGHT * min(first.spacing) + _EVEN * np.linalg.norm(step) * len(slices) ** 0.5:
-            where = slices[int(bend.argmax())][0].path.name
-            raise UnreadableError(source, f"{where} lies {bend.max():.2f} mm beside the line through the other slices")
-        tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
-    affine = np.eye(4)
-    affine[:3] = np.stack([row * first.spacing[1], column * first.spacing[0], step, corners[0]], axis=1)
-    return Grid(
-        frames=slices, affine=_LPS_TO_RAS @ affine, spacing=first.spacing, tilt=0.0 if tilt < 0.1 else round(tilt, 2)
-    )
+    return row, column, normal
 
 
 def _size(frame: Frame) -> str:
