@@ -197,12 +197,11 @@ def _trained_on(bundle: Bundle) -> str | None:
 
     if "experiment.yaml" not in bundle.spec.files:
         return None
+    path = bundle.directory / "experiment.yaml"
     try:
-        tree = yaml.safe_load((bundle.directory / "experiment.yaml").read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BundleError(
-            f"{bundle.directory}/experiment.yaml: can't be read ({error}). Write the bundle anew"
-        ) from None
+        raise BundleError(f"{path}: can't be read ({error}). Write the bundle anew") from None
     return tree.get("data") if isinstance(tree, dict) else None
 
 
