@@ -44,8 +44,8 @@ FAMILIES = (
     medvit.SPECS,
 )
 CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for family in FAMILIES for spec in family}
-"""Every network by name. Beside them, ``timm:NAME`` classifies with, and ``encoder:NAME`` segments under a U-Net decoder by,
-any network of timm."""
+"""Every network by name. Beside them, ``timm:NAME`` classifies with, and ``encoder:NAME`` segments under a U-Net
+decoder by, any network of timm."""
 
 
 def names(kind: Kind | None = None, ndim: int | None = None) -> tuple[str, ...]:
@@ -90,7 +90,8 @@ def build_model(
     """Build the network that ``config`` names.
 
     Args:
-        config: name, width, depth and so on; ``pretrained`` is None (random weights, no network access), ``"hub"``, or a
+        config: name, width, depth and so on; ``pretrained`` is None (random weights, no network access), ``"hub"``, or
+        a
             local ``.safetensors`` file.
         kind: the task.
         ndim: spatial axes, 2 or 3.
@@ -99,8 +100,8 @@ def build_model(
         patch_size: spatial shape that it will be trained on; decides stems and token grids. None for unknown.
 
     Returns:
-        the network. In segmentation with ``deep_supervision`` and in training mode, ``forward`` gives a list of logits, full
-        resolution first.
+        the network. In segmentation with ``deep_supervision`` and in training mode, ``forward`` gives a list of
+        logits, full resolution first.
 
     Raises:
         ModelError: an unknown name, or something that this network can't do.
@@ -113,8 +114,8 @@ def build_model(
     hub = config.pretrained == "hub"
     if hub and not (spec.hub and ndim == 2):
         raise ModelError(
-            f"the hub has no {ndim}-D weights for '{config.name}'. Give a local .safetensors file in model.pretrained, or "
-            f"leave it out"
+            f"the hub has no {ndim}-D weights for '{config.name}'. Give a local .safetensors file in "
+            f"model.pretrained, or leave it out"
         )
     if config.pretrained and not hub and not config.pretrained.endswith(".safetensors"):
         raise ModelError(f"model.pretrained='{config.pretrained}' is neither 'hub' nor a local .safetensors file")

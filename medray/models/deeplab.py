@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.models.spec import SEGMENT, ModelSpec, Request, Tier
-from medray.models.weights import adapt_inputs
+from medray.models.weights import adapt_inputs, fetch_torchvision
 
 
 class _Plain(nn.Module):
@@ -33,12 +33,15 @@ def _build(request: Request, backbone: str) -> nn.Module:
         "resnet50": (deeplabv3_resnet50, ResNet50_Weights.IMAGENET1K_V2),
         "resnet101": (deeplabv3_resnet101, ResNet101_Weights.IMAGENET1K_V2),
     }[backbone]
-    network = make(weights=None, weights_backbone=weights if request.hub else None, num_classes=request.num_outputs)
+    network = make(weights=None, weights_backbone=None, num_classes=request.num_outputs)
+    if request.hub:
+        names = network.backbone.state_dict()
+        found = {name.removeprefix("features."): part for name, part in fetch_torchvision(weights.url).items()}
+        network.backbone.load_state_dict({name: found[name] for name in names})
     name, stem = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
     if request.in_channels != stem.in_channels:
-        fitted = nn.Conv2d(
-            request.in_channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False
-        )
+        kernel, stride = stem.kernel_size[0], stem.stride[0]
+        fitted = nn.Conv2d(request.in_channels, stem.out_channels, kernel, stride, kernel // 2, bias=False)
         with torch.no_grad():
             fitted.weight.copy_(adapt_inputs(stem.weight, request.in_channels))
         parent, _, last = name.rpartition(".")
@@ -46,7 +49,7 @@ def _build(request: Request, backbone: str) -> nn.Module:
     for part in network.modules():
         if isinstance(part, ASPPPooling):
             # One value a channel and image: batch normalisation can't train on a micro-batch of one.
-            part[2] = nn.GroupNorm(32, part[2].num_features)
+            part[2] = nn.Identity()
     return _Plain(network)
 
 

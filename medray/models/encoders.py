@@ -34,6 +34,9 @@ def build_pspnet(request: Request) -> nn.Module:
         in_channels=request.in_channels,
         classes=request.num_outputs,
         psp_dropout=request.config.dropout,
+        encoder_depth=5,
+        output_stride=8,
+        upsampling=8,
     )
 
 
@@ -52,7 +55,7 @@ def build_encoder_unet(request: Request, encoder: str) -> nn.Module:
             classes=request.num_outputs,
         )
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, AssertionError, IndexError) as error:
-        if request.hub:
+        if request.hub and isinstance(error, (ValueError, RuntimeError)):  # as the hub's client says that it failed
             raise
         raise ModelError(
             f"'{encoder}' can't be the encoder of a U-Net ({error}). Take a convolutional one, such as "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +30,10 @@ class InstanceNorm(nn.Module):
     """Instance normalisation with a learnt scale and shift, by the fastest kernel for where the tensor lies.
 
     All ways compute the same. On a CPU ``nn.InstanceNorm`` leaves the channels-last layout (a copy each way), and
-    ``group_norm``'s backward is some 25 times slower in it than in the contiguous one; batch normalisation sample by sample has a
-    channels-last bf16 kernel. (2 x 32 x 40 x 56 x 40, bf16, one Zen 4 core, forward and backward: instance_norm 33 ms,
-    group_norm 171 ms, this 10 ms; contiguous: 7, 6 and 12 ms.) Exported graphs get ONNX's own InstanceNormalization.
+    ``group_norm``'s backward is some 25 times slower in it than in the contiguous one; batch normalisation sample by
+    sample has a channels-last bf16 kernel. (2 x 32 x 40 x 56 x 40, bf16, one Zen 4 core, forward and backward:
+    instance_norm 33 ms, group_norm 171 ms, this 10 ms; contiguous: 7, 6 and 12 ms.) Exported graphs get ONNX's own
+    InstanceNormalization.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -117,11 +117,11 @@ class ResidualBlock(nn.Module):
 class MergeUp(nn.Module):
     """Double the resolution of x, and convolve it together with the skip, in one go.
 
-    The textbook decoder upsamples by a transposed convolution of kernel 2, concatenates the skip and convolves by a 3x3[x3]
-    kernel. Without anything non-linear between them, the two on x's side are one transposed convolution of kernel 4,
-    stride 2, and a convolution over a concatenation is the sum of two: the same functions (and more) with about 45 % fewer
-    multiplications at that place and no concatenated copy. Kernel 4 at stride 2 also overlaps evenly, so that no
-    checkerboard appears (Odena et al. 2016, doi:10.23915/distill.00003).
+    The textbook decoder upsamples by a transposed convolution of kernel 2, concatenates the skip and convolves by a
+    3x3[x3] kernel. Without anything non-linear between them, the two on x's side are one transposed convolution of
+    kernel 4, stride 2, and a convolution over a concatenation is the sum of two: the same functions (and more) with
+    about 45 % fewer multiplications at that place and no concatenated copy. Kernel 4 at stride 2 also overlaps evenly,
+    so that no checkerboard appears (Odena et al. 2016, doi:10.23915/distill.00003).
     """
 
     def __init__(self, ndim: int, deep: int, skip: int, outputs: int) -> None:
@@ -134,21 +134,14 @@ class MergeUp(nn.Module):
         return F.leaky_relu(self.norm(self.up(x) + self.skip(skip)), SLOPE, inplace=True)
 
 
-class LayerNormChannels(nn.LayerNorm):
-    """Layer normalisation over the channels of (B, C, *spatial)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
 def widths(feature_size: int, depth: int, ndim: int) -> list[int]:
-    """Channels per level: doubled at each, capped at nnU-Net's 512 in 2-D and 320 in 3-D (but never below the first)."""
+    """Channels per level: doubled, capped at nnU-Net's 512 in 2-D and 320 in 3-D (but never below the first)."""
     cap = max({2: 512, 3: 320}[ndim], feature_size)
     return [min(feature_size * 2**level, cap) for level in range(depth)]
 
 
 def initialise(module: nn.Module) -> None:
-    """He-initialise the convolutions below ``module`` for leaky ReLU; linear layers as in ViT (truncated normal, .02)."""
+    """He-initialise convolutions for leaky ReLU, linear layers as in ViT (truncated normal, .02)."""
     gain = math.sqrt(2.0 / (1.0 + SLOPE**2))
     for part in module.modules():
         if isinstance(part, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
@@ -178,13 +171,4 @@ def replace_instance_norms(module: nn.Module) -> nn.Module:
             setattr(module, name, InstanceNorm(child.num_features, child.eps))
         else:
             replace_instance_norms(child)
-    return module
-
-
-def set_everywhere(module: nn.Module, kind: type[nn.Module], **values: Any) -> nn.Module:
-    """Set attributes on each part of ``module`` that is a ``kind``."""
-    for part in module.modules():
-        if isinstance(part, kind):
-            for name, value in values.items():
-                setattr(part, name, value)
     return module

@@ -1,9 +1,10 @@
 """MedViT: convolution and attention side by side, for medical images. 2-D.
 
-After Manzari et al. 2023, "MedViT: A robust vision transformer for generalized medical image classification" (Computers in Biology
-and Medicine 157:106791, arXiv:2302.09462), which builds on Next-ViT (Li et al. 2022, arXiv:2207.05501): stages of efficient
-convolution blocks (multi-head convolutional attention), each closed by local transformer blocks (efficient self-attention beside
-convolutional attention), all with locally enhanced feed-forward layers.
+After Manzari et al. 2023, "MedViT: A robust vision transformer for generalized medical image classification"
+(Computers in Biology and Medicine 157:106791, arXiv:2302.09462), which builds on Next-ViT (Li et al. 2022,
+arXiv:2207.05501): stages of efficient convolution blocks (multi-head convolutional attention), each closed by local
+transformer blocks (efficient self-attention beside convolutional attention), all with locally enhanced feed-forward
+layers.
 
 Shape legend: x is (B, C, H, W).
 """
@@ -68,7 +69,7 @@ class ConvAttention(nn.Module):
 
 
 class LocalFeedForward(nn.Module):
-    """Expand, look at the 3x3 neighbourhood, weigh the channels, project (LocalViT: Li et al. 2021, arXiv:2104.05707)."""
+    """Expand, look at the neighbours, weigh the channels, project (LocalViT: Li et al. 2021, arXiv:2104.05707)."""
 
     def __init__(self, channels: int, ratio: int, dropout: float) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def build_segresnet(request: Request) -> nn.Module:
 
 
 def build_classifier(request: Request, name: str) -> nn.Module:
-    """A 3-D ResNet (Hara et al. 2018, arXiv:1711.09577) or DenseNet by its 2-D name, its stem fitted to the patch size."""
+    """A 3-D ResNet (Hara et al. 2018, arXiv:1711.09577) or DenseNet, its stem fitted to the patch size."""
     shortest = _MEDIUM + 1 if request.patch_size is None else min(request.patch_size)
     stride, pool = (1 if shortest <= _SMALL else 2), shortest > _MEDIUM
     build = _densenet if name.startswith("densenet") else _resnet
@@ -140,6 +140,5 @@ SPECS = (
         depth={2: 4, 3: 4},
         stride=halvings,
         cells=2,
-        channels_last=False,
     ),
 )

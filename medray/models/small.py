@@ -48,8 +48,8 @@ class _Head(nn.Module):
 class SmallCNN(nn.Module):
     """A ResNet-9 for tiny images: the first level keeps every pixel, each further halves the resolution.
 
-    After Page's DAWNBench entry (https://myrtle.ai/how-to-train-your-resnet), generalised to any depth, to 3-D, and to mean
-    and maximum pooling.
+    After Page's DAWNBench entry (https://myrtle.ai/how-to-train-your-resnet), generalised to any depth, to 3-D, and to
+    mean and maximum pooling.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SmallCNN(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Weigh each place by a convolution over the channels' mean and maximum (CBAM: Woo et al. 2018, arXiv:1807.06521)."""
+    """Weigh places by a convolution over the channels' mean and maximum (CBAM: Woo et al. 2018, arXiv:1807.06521)."""
 
     def __init__(self, ndim: int, kernel: int = 7) -> None:
         super().__init__()

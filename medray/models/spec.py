@@ -68,8 +68,6 @@ class ModelSpec:
         shallowest: least depth that it can have.
         stride: depth to the total stride; every axis of the input must be a multiple of it.
         cells: smallest extent of an axis at the coarsest level.
-        channels_last: whether ``memory_format=channels_last[_3d]`` speeds it up (on a CPU, ``nn.GroupNorm``'s backward is
-            some 25 times slower in that layout, so that networks built on it must not use it).
         hub: whether the hub has weights for it in 2-D.
     """
 
@@ -87,7 +85,6 @@ class ModelSpec:
     shallowest: int = 2
     stride: Callable[[int], int] = lambda _depth: 1
     cells: int = 1
-    channels_last: bool = True
     hub: bool = False
 
     def divisor(self, config: ModelConfig, ndim: int) -> int:
@@ -141,9 +138,10 @@ class ModelSpec:
                     f"It has: {has}. Leave model.{name} out or choose another model"
                 )
         if config.feature_size is not None and config.feature_size % self.feature_multiple:
+            fits = -(-config.feature_size // self.feature_multiple) * self.feature_multiple
             raise ModelError(
                 f"model.feature_size={config.feature_size} must be a multiple of {self.feature_multiple} for "
-                f"'{self.name}'. The next one is {-(-config.feature_size // self.feature_multiple) * self.feature_multiple}"
+                f"'{self.name}'. The next one is {fits}"
             )
         if config.depth is not None and config.depth < self.shallowest:
             raise ModelError(
@@ -160,6 +158,6 @@ class ModelSpec:
             fits = tuple(max(-(-n // divisor) * divisor, smallest) for n in patch_size)
             lower = ", or lower model.depth" if "depth" in self.options else ""
             raise ModelError(
-                f"patch_size={patch_size} does not suit '{self.name}': each axis must be a multiple of {divisor} and at "
-                f"least {smallest}. Take {fits}{lower}"
+                f"patch_size={patch_size} does not suit '{self.name}': each axis must be a multiple of {divisor} "
+                f"and at least {smallest}. Take {fits}{lower}"
             )

@@ -1,4 +1,5 @@
-"""Segmentation by shifted windows: Swin-UNETR (convolutional decoder) and Swin-UNet (transformers throughout). 2-D and 3-D.
+"""Segmentation by shifted windows: Swin-UNETR (convolutional decoder) and Swin-UNet (transformers throughout). 2-D and
+3-D.
 
 Shape legend: x is (B, C, *spatial); a grid of tokens is (B, *grid, D).
 """
@@ -74,8 +75,8 @@ class SwinEncoder(nn.Module):
 class SwinUNet(nn.Module):
     """Swin transformers down and up, with skips.
 
-    The last expansion, by four, keeps a quarter of the width (the original keeps all of it): in 3-D the full width would be the
-    largest tensor of the network by far.
+    The last expansion, by four, keeps a quarter of the width (the original keeps all of it): in 3-D the full width
+    would be the largest tensor of the network by far.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """2-D classifiers of timm, and torchvision's ShuffleNetV2, fitted to small images; 3-D twins where MONAI has them.
 
-Backbones are drawn for 224 pixels and throw three quarters of the pixels away twice before they look. At 28 pixels that leaves
-nothing to look at, so that stems keep more of them: see :func:`stem_reductions` and :func:`token_size`.
+Backbones are drawn for 224 pixels and throw three quarters of the pixels away twice before they look. At 28 pixels
+that leaves nothing to look at, so that stems keep more of them: see :func:`stem_reductions` and :func:`token_size`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from medray.errors import ModelError
 from medray.models import monai_nets
 from medray.models.spec import CLASSIFY, ModelSpec, Request, Tier
+from medray.models.weights import adapt_inputs, fetch_torchvision
 
 _STEMS = ("conv_stem", "conv1", "stem", "maxpool", "features.conv0", "features.pool0", "blocks.1.0.conv_dw")
 """Where timm's convolutional networks first lose resolution, off any residual branch."""
@@ -22,14 +23,15 @@ _OPTIONS = frozenset({"dropout", "drop_path", "pretrained"})
 
 
 def stem_reductions(patch_size: tuple[int, ...] | None) -> int:
-    """How many of a stem's two halvings to leave out: both up to 48 pixels, one up to 96 (He et al. 2016 on CIFAR: both)."""
+    """How many of a stem's two halvings to leave out: both up to 48 pixels, one up to 96."""
     if patch_size is None or min(patch_size) > _MEDIUM:
         return 0
     return 2 if min(patch_size) <= _SMALL else 1
 
 
 def token_size(patch_size: tuple[int, ...], *, grid: int = 7, largest: int = 16) -> int:
-    """Pixels along a token's side: the largest divisor of all axes that leaves at least ``grid`` tokens along the shortest.
+    """Pixels along a token's side: the largest divisor of all axes that leaves at least ``grid`` tokens along the
+    shortest.
 
     Raises:
         ModelError: no such divisor (a prime side, or an image below twice ``grid``).
@@ -99,7 +101,7 @@ def build_timm(request: Request, backbone: str) -> nn.Module:
     try:
         model = timm.create_model(backbone, pretrained=request.hub, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
-        if request.hub:
+        if request.hub and isinstance(error, ValueError):  # as the hub's client says that there is no such file
             raise
         settings = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise ModelError(
@@ -129,10 +131,9 @@ def build_shufflenet(request: Request) -> nn.Module:
     """torchvision's ShuffleNetV2 x1.0 (timm has none)."""
     from torchvision.models import ShuffleNet_V2_X1_0_Weights, shufflenet_v2_x1_0
 
-    from medray.models.weights import adapt_inputs
-
-    weights = ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1 if request.hub else None
-    model = shufflenet_v2_x1_0(weights=weights)
+    model = shufflenet_v2_x1_0(weights=None)
+    if request.hub:
+        model.load_state_dict(fetch_torchvision(ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1.url))
     stem = model.conv1[0]
     if request.in_channels != stem.in_channels:
         fitted = nn.Conv2d(request.in_channels, stem.out_channels, 3, 2, 1, bias=False)

@@ -123,7 +123,8 @@ def _join(x: Tensor, grid: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
 
 
 class WindowBlock(nn.Module):
-    """Swin's block: attention within windows, every other time shifted by half a window (Liu et al. 2021, arXiv:2103.14030).
+    """Swin's block: attention within windows, every other time shifted by half a window (Liu et al. 2021,
+    arXiv:2103.14030).
 
     A window never exceeds the grid; a grid that is no multiple of it is padded for the attention.
     """
@@ -184,17 +185,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, D) to (B, *grid / 2, 2 D)."""
-        ndim = x.dim() - 2
-        return self.reduce(self.norm(_windows_grid(x, ndim)))
-
-
-def _windows_grid(x: Tensor, ndim: int) -> Tensor:
-    """(B, *grid, D) to (B, *grid / 2, 2**ndim D)."""
-    for axis in range(ndim):
-        at = 1 + 2 * axis
-        x = x.unflatten(at, (x.shape[at] // 2, 2))
-    order = [0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), 2 * ndim + 1]
-    return x.permute(order).flatten(ndim + 1)
+        pairs = _windows(x, (2,) * (x.dim() - 2))  # (B, windows, 2**ndim, D)
+        return self.reduce(self.norm(pairs.flatten(2))).unflatten(1, tuple(int(n) // 2 for n in x.shape[1:-1]))
 
 
 class PatchExpanding(nn.Module):

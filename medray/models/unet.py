@@ -29,7 +29,7 @@ RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6)
 
 
 class Encoder(nn.Module):
-    """Two convolutions a level, the first strided (nnU-Net's plain encoder, Isensee et al. 2021, doi:10.1038/s41592-020-01008-z)."""
+    """Two convolutions a level, the first strided (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z)."""
 
     def __init__(self, ndim: int, inputs: int, channels: Sequence[int], dropout: float) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleList(CONV[ndim](channels[i], num_outputs, 1) for i in range(heads))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Logits (B, K, *spatial); with deep supervision in training, those of several levels, full resolution first."""
+        """Logits (B, K, *spatial); with deep supervision in training, of several levels, full resolution first."""
         *skips, x = features
         every = self.deep_supervision and self.training
         outputs: list[Tensor] = []

@@ -29,7 +29,7 @@ class _Node(nn.Module):
 
 
 class UNetPlusPlus(nn.Module):
-    """With deep supervision every node of level 0 has a head; all of them are full resolution, the deepest comes first."""
+    """With deep supervision every node of level 0 has a head; all give full resolution, the deepest comes first."""
 
     def __init__(
         self,

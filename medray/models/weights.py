@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +29,8 @@ class LoadReport:
     Attributes:
         loaded: names of tensors taken as they are.
         adapted: first convolutions fitted to another number of input channels.
-        skipped: name and reason (``file shape ..., network shape ...``): heads for other classes, stems of another size.
-        missing: of the network, not in the file.
+        skipped: name and reason (``file shape ..., network shape ...``): heads for other classes, stems of another
+        size. missing: of the network, not in the file.
         unused: in the file, not in the network.
     """
 
@@ -53,8 +56,9 @@ class LoadReport:
 def load_weights(model: nn.Module, path: Path) -> LoadReport:
     """Load a ``.safetensors`` file into ``model``, as far as names and shapes agree.
 
-    A first convolution for another number of channels is adapted: to one channel by the sum over channels, to more by repeating
-    them, scaled so that the response stays alike (as timm does). A tensor of another shape is left at random and reported.
+    A first convolution for another number of channels is adapted: to one channel by the sum over channels, to more by
+    repeating them, scaled so that the response stays alike (as timm does). A tensor of another shape is left at random
+    and reported.
 
     Raises:
         ModelError: the file is missing or damaged, or is of another network (less than half of the parameters match).
@@ -109,22 +113,48 @@ def adapt_inputs(weight: Tensor, channels: int) -> Tensor:
 
 @contextmanager
 def hub_weights(name: str) -> Iterator[None]:
-    """Turn whatever a hub's client raises into one clear error.
+    """Fetch within seconds or not at all, and turn whatever a hub's client raises into one clear error.
+
+    Where the hub can't be reached, its client would try again for a minute; it is told to look into its cache only.
 
     Raises:
         ModelError: the weights could not be fetched.
     """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
     try:
         yield
     except ModelError:
         raise
     except Exception as error:  # urllib, requests, huggingface_hub and timm each raise their own
-        cause = str(error).strip().splitlines()
         raise ModelError(
-            f"the pretrained weights of '{name}' could not be fetched from the hub "
-            f"({type(error).__name__}: {cause[0] if cause else 'no detail'}). Where this machine is offline, fetch them "
-            f"elsewhere, and give the .safetensors file in model.pretrained; or leave it out for random weights"
+            f"the pretrained weights of '{name}' could not be fetched from the hub ({type(error).__name__}). "
+            f"Where this machine is offline, fetch them elsewhere and give the .safetensors file in "
+            f"model.pretrained; or leave it out for random weights"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def fetch_torchvision(url: str) -> dict[str, Tensor]:
+    """A state dict of torchvision's store, its hash checked (torchvision's own way would unpickle what is in it)."""
+    return torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+    )
+
+
+def _reachable(endpoint: str, seconds: float = 4.0) -> bool:
+    """Whether the hub's host answers; taken for granted behind a proxy, where only the client knows the way."""
+    url = urlsplit(endpoint)
+    if url.hostname is None or getproxies().get(url.scheme):
+        return True
+    try:
+        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), seconds):
+            return True
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> dict[str, Tensor]:
