@@ -37,7 +37,9 @@ def seconds(value: Any) -> Any:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{value!r} is no duration; write seconds or a number with s, min, h or d, such as 20min") from None
+        raise ValueError(
+            f"{value!r} is no duration; write seconds or a number with s, min, h or d, such as 20min"
+        ) from None
 
 
 Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0, allow_inf_nan=False)]
@@ -54,6 +56,9 @@ class SplitConfig(Section):
 
     folds: int = Field(5, ge=2, le=50)
     fold: int = Field(0, ge=0, description="the fold that validates")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="of the lot; apart from the experiment's, so that twins share cases"
+    )
     test: Fraction = Field(0.15, description="share of patients held back for the last measurement; 0 for none")
 
     @model_validator(mode="after")
@@ -66,7 +71,9 @@ class SplitConfig(Section):
 class PreprocessConfig(Section):
     """From an image as read to the array that the network sees; travels with the bundle."""
 
-    spacing: tuple[Positive, ...] | None = Field(None, description="mm per axis to resample to; null keeps the image's own")
+    spacing: tuple[Positive, ...] | None = Field(
+        None, description="mm per axis to resample to; null keeps the image's own"
+    )
     size: tuple[int, ...] | None = Field(None, description="exact shape to resize to (classification); null keeps")
     pad_multiple: int = Field(1, ge=1, description="pad each axis to a multiple of this")
     normalize: Literal["zscore", "ct", "range", "none"] = Field(
@@ -145,11 +152,11 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: int = Field(100, ge=1, le=100_000, description="passes over the training cases")
+    epochs: int = Field(100, ge=1, le=100_000, description="passes over the training cases, at most")
     budget: Duration | None = Field(
         None,
         description="seconds of training, validation included; the step count that fits is measured in the first steps "
-        "and replaces epochs, so that the schedule ends when the time does",
+        "ends the schedule when the time does, or after train.epochs where those take less",
     )
     batch_size: int = Field(8, ge=1, le=8192, description="samples an optimiser step sees")
     micro_batch: int | None = Field(None, ge=1, description="samples at once in memory; the rest is accumulated")
@@ -195,7 +202,9 @@ class StudyConfig(Section):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     budget: Duration = Field(1200.0, description="wall clock for all of it: search, final fit, report")
     trials: int = Field(20, ge=1, le=100_000)
-    objectives: dict[str, Literal["max", "min"]] = Field(default_factory=dict, description="empty: the task's own metric")
+    objectives: dict[str, Literal["max", "min"]] = Field(
+        default_factory=dict, description="empty: the task's own metric"
+    )
     sampler: Literal["auto", "tpe", "random", "cmaes", "nsga2"] = "auto"
     pruner: Literal["asha", "median", "none"] = "asha"
     search_share: Fraction = Field(0.4, description="share of the budget for the search; the rest fits the champion")

@@ -160,6 +160,7 @@ def _segmentation(fingerprint: Fingerprint, geometry: Geometry, machine: Machine
             "samples_per_case": 1 if covers else min(16, max(2, round(patches))),
             "foreground": 0.0 if covers else (0.5 if foreground < 0.02 else 0.33),
             "ema": 0.99,
+            "epochs": 1000,
         },
         "inference": {"overlap": 0.5 if gpu or ndim == 2 else 0.25},
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cache
@@ -117,29 +116,3 @@ def _asha_costs(count: int) -> tuple[float, ...]:
             cost += reached
             totals[number] += cost / _ORDERS
     return tuple(totals)
-
-
-class Clock:
-    """A budget running down. Starts when made.
-
-    Args:
-        total: seconds of the whole.
-        spent: seconds of it that were spent before (a resumed study).
-    """
-
-    def __init__(self, total: float, *, spent: float = 0.0) -> None:
-        self.total = total
-        self._began = time.monotonic() - spent
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds spent."""
-        return time.monotonic() - self._began
-
-    def remaining(self, reserve: float = 0.0) -> float:
-        """Seconds left, ``reserve`` of them kept back; never below 0."""
-        return max(0.0, self.total - self.elapsed - reserve)
-
-    def deadline(self, reserve: float = 0.0) -> float:
-        """Epoch seconds at which only ``reserve`` seconds are left: comparable between processes."""
-        return time.time() + self.total - self.elapsed - reserve

@@ -1,8 +1,8 @@
 """How many steps a run has, and after which it validates.
 
-With ``train.epochs`` both are known at once. With ``train.budget`` the first steps (about 3 % of the time) are timed,
-one validation is timed, and the plan of steps is then fixed, so that the schedule ends when the time does. It is
-corrected later only
+With ``train.epochs`` alone both are known at once. With ``train.budget`` the first steps (about 3 % of the time) are
+timed, one validation is timed, and the plan of steps is then fixed, so that the schedule ends when the time does, or
+after ``train.epochs`` where those take less. It is corrected later only
 
 - down, when the run would overrun what is left of its time by more than 5 % (another program came in);
 - up, in the first half, when more than 8 % of the time would be left over (another program had gone).
@@ -41,7 +41,7 @@ class Pace:
     """The plan of steps and validations.
 
     Args:
-        epochs: passes over the training cases, if there is no budget.
+        epochs: passes over the training cases, at most.
         steps_per_epoch: optimiser steps of one pass.
         budget: seconds for all of it, or None.
         validate_every: epochs between validations, or None for about 12, fewer where they'd take more than 15 % of the
@@ -54,7 +54,7 @@ class Pace:
     ) -> None:
         self.steps_per_epoch, self.budget, self.timed = steps_per_epoch, budget, timed
         self.every = None if validate_every is None else validate_every * steps_per_epoch
-        self.total = epochs * steps_per_epoch
+        self.total = self.most = epochs * steps_per_epoch
         self.fixed = budget is None
         self.count = VALIDATIONS
         self.validate_at = self._validations() if self.fixed else []
@@ -79,7 +79,7 @@ class Pace:
             return
         if len(self._steps) > 2:
             # Until the plan is fixed the schedule needs some total: warm-up goes by the best guess.
-            self.total = max(step + 1, round(self.budget / max(self._rate(), 1e-9)))
+            self.total = min(self.most, max(step + 1, round(self.budget / max(self._rate(), 1e-9))))
         share = elapsed / self.budget
         if (len(self._steps) >= STEPS and share >= CALIBRATION[0]) or share >= CALIBRATION[1]:
             self.validate_at = [step]
@@ -117,7 +117,7 @@ class Pace:
             return
         needed = (self.total - step) * rate + sum(at > step for at in self.validate_at) * validation
         over = needed > left * (1 + OVERRUN) and step < self.total
-        under = step < self.total / 2 and left - needed > SPARE * self.budget
+        under = step < self.total / 2 and self.total < self.most and left - needed > SPARE * self.budget
         if over or under:
             before = self.total
             self._plan(step, left, rate, validation)
@@ -128,11 +128,12 @@ class Pace:
         if self.every is None:
             affordable = int(VALIDATION_SHARE * (self.budget or 0) / max(validation, 1e-9)) - 1  # one has been
             self.count = max(1, min(VALIDATIONS, affordable))
-        self.total = max(step, 1, step + int((left - validation) / max(rate, 1e-9)))
+        self.total = min(self.most, max(step, 1, step + int((left - validation) / max(rate, 1e-9))))
         # Each validation takes steps away, and fewer steps may mean fewer validations: one pass more settles it.
         for _ in range(2):
             coming = max(1, sum(at > step for at in self._validations()))
-            self.total = max(step, 1, step + int((left - coming * validation) / max(rate, 1e-9)))
+            fits = step + int((left - coming * validation) / max(rate, 1e-9))
+            self.total = min(self.most, max(step, 1, fits))
         self.validate_at = self._validations()
 
     def _thin_out(self, rate: float, validation: float, step: int) -> None:

@@ -19,7 +19,7 @@ from medray.plan.machine import Machine
 from medray.plan.plan import Tree, plan
 
 FIXED = ("data", "seed", "task", "split")
-"""Fields that decide which cases validate: a search over them would compare trials on different cases."""
+"""Fields that a search may not touch: which cases validate, and the seed, whose choice would be luck sold as skill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,15 @@ class Recipe:
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.load(Path(self.directory) / "fingerprint.json")
 
-    def experiment(self, params: Mapping[str, Any] | None = None, *, budget: float | None = None) -> Experiment:
+    def experiment(
+        self, params: Mapping[str, Any] | None = None, *, budget: float | None = None, twin: int = 0
+    ) -> Experiment:
         """The plan, under what the user set, under a trial's own parameters.
 
         Args:
             params: dotted paths of Experiment fields to values; empty for trial 0.
             budget: seconds of training; the user's own ``train.epochs`` or ``train.budget`` win.
+            twin: added to the seed: the same experiment with other random draws, on the same cases.
 
         Raises:
             ConfigError: a path doesn't exist, or a field refuses its value.
@@ -61,7 +64,7 @@ class Recipe:
         for key in FIXED:
             if key in own:
                 raise ConfigError(
-                    f"space.{key}: may not vary within a study, since trials would be judged on different cases. "
+                    f"space.{key}: may not vary within a study: trials would be judged on different cases, or by luck. "
                     f"Set {key} outside of space"
                 )
         model = (own.get("model") or {}).get("name") or (self.explicit.get("model") or {}).get("name")
@@ -70,6 +73,8 @@ class Recipe:
         if "epochs" in explicit_train and "budget" not in explicit_train:
             layers[0]["train"]["budget"] = None
         experiment = build_experiment(*layers)
+        if twin:
+            experiment = experiment.model_copy(update={"seed": (experiment.seed + 7919 * twin) % 2**31})
         lookup(experiment.model.name).check(
             experiment.model,
             kind=self.manifest.task,
@@ -80,7 +85,7 @@ class Recipe:
 
     def splits(self, experiment: Experiment) -> Splits:
         """Which cases train, validate and test: the same for every trial."""
-        return make_splits(self.manifest, experiment.split, experiment.seed)
+        return make_splits(self.manifest, experiment.split, experiment.split.seed)
 
 
 def nest(params: Mapping[str, Any]) -> Tree:

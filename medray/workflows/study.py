@@ -48,6 +48,9 @@ CLASSIFICATION_METRICS = ("auc", "accuracy", "balanced_accuracy", "f1", "log_los
 SHORTEST = 10.0
 """Seconds under which a final fit would come to nothing that a trial's network isn't already."""
 
+MEMBERS = 6
+"""Networks of the final fit, at most: beyond, an ensemble gains little and costs as much again to run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
@@ -339,13 +342,47 @@ class _Study:
                 names = " and ".join(name for name, _ in now)
                 self._tell("stage", f"final fit of {names}: {seconds:.0f} s")
                 self._run_final([self._final_task(name, params, seconds) for name, params in now], session, parallel)
-        found = [(name, self._finalist(name)) for name, _ in plans]
-        return [(name, trained) for name, trained in found if trained is not None]
+            found = [(name, trained) for name, _ in plans if (trained := self._finalist(name)) is not None]
+            if self.asked.study.ensemble:
+                found += self._twins(plans, found, finish, session)
+        return found
+
+    def _twins(
+        self,
+        plans: Sequence[tuple[str, Mapping[str, Any]]],
+        found: Sequence[tuple[str, Trained]],
+        finish: float,
+        session: RaySession,
+    ) -> list[tuple[str, Trained]]:
+        """Where the finalists reached ``train.epochs`` with time to spare: the better one again, with other seeds.
+
+        On small data this is the common case, and the mean of several networks is the surest gain that more time can buy
+        (Lakshminarayanan et al., Deep ensembles, NeurIPS 2017).
+        """
+        metric, direction = self.objective
+        sign = 1.0 if direction == "max" else -1.0
+        lead, trained = max(found, key=lambda pair: sign * pair[1].fit.best.get(metric, -sign * math.inf))
+        params = dict(plans)[lead]
+        twins: list[tuple[str, Trained]] = []
+        per_twin = finish / max(1, len(found)) * 0.6
+        for number in range(1, MEMBERS - len(found) + 1):
+            name = f"{lead}-twin-{number}"
+            known = self._finalist(name)
+            reserve = finish + per_twin * (len(twins) + 1)
+            if known is None:
+                if self.clock.left - reserve < 1.1 * trained.fit.seconds + 3.0:
+                    break
+                self._tell("stage", f"final fit of {name}: at most {self.clock.left - reserve:.0f} s")
+                self._run_final([self._final_task(name, params, self.clock.left - reserve, twin=number)], session, 1)
+                known = self._finalist(name)
+            if known is not None:
+                twins.append((name, known))
+        return twins
 
     def _finalist(self, name: str) -> Trained | None:
         return load_trained(self.recipe, self.directory / "final" / name)
 
-    def _final_task(self, name: str, params: Mapping[str, Any], seconds: float) -> FinalTask:
+    def _final_task(self, name: str, params: Mapping[str, Any], seconds: float, *, twin: int = 0) -> FinalTask:
         return FinalTask(
             recipe=self.recipe,
             params=dict(params),
@@ -353,6 +390,7 @@ class _Study:
             directory=str(self.directory / "final" / name),
             seconds=seconds,
             deadline=time.time() + seconds + 5.0,
+            twin=twin,
         )
 
     def _run_final(self, tasks: Sequence[FinalTask], session: RaySession, parallel: int) -> None:

@@ -18,7 +18,7 @@ from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.loader import train_loader
 from medray.data.manifest import Manifest
-from medray.errors import ConfigError, TrainingError
+from medray.errors import ConfigError, MissingDependencyError, TrainingError
 from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model
 from medray.tracking import NullTracker, TensorBoardTracker, Tracker
@@ -233,7 +233,12 @@ def train_experiment(
     def progress(at: Progress) -> bool:
         notify(
             StudyEvent(
-                kind="trial-progress", text=f"epoch {at.epoch}", trial=0, metrics=dict(at.metrics), elapsed=at.seconds
+                kind="trial-progress",
+                text=f"epoch {at.epoch}",
+                trial=0,
+                fraction=at.fraction,
+                metrics=dict(at.metrics),
+                elapsed=at.seconds,
             )
         )
         return False
@@ -245,5 +250,5 @@ def train_experiment(
 def _tracker(directory: Path) -> Tracker:
     try:
         return TensorBoardTracker(directory / "tensorboard")
-    except ImportError:
+    except MissingDependencyError:
         return NullTracker()

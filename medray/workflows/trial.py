@@ -99,6 +99,7 @@ class FinalTask:
         directory: of this run.
         seconds: to train for; the schedule is laid to end then.
         deadline: epoch seconds at which it stops in any case.
+        twin: 0 for the experiment itself, n for its n-th twin with another seed.
     """
 
     recipe: Recipe
@@ -107,12 +108,13 @@ class FinalTask:
     directory: str
     seconds: float
     deadline: float
+    twin: int = 0
 
 
 def run_final(task: FinalTask) -> None:
     """Train a finalist; its files lie in its folder. A second call goes on where the first was interrupted."""
     begun = time.time()
-    experiment = task.recipe.experiment(task.params, budget=max(1.0, task.seconds))
+    experiment = task.recipe.experiment(task.params, budget=max(1.0, task.seconds), twin=task.twin)
     train_model(
         task.recipe,
         experiment,

@@ -116,6 +116,10 @@ class _Conductor(Searcher, TrialScheduler):
     only if no retry is left.
     """
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tuner stores its parts beside the run, but a study resumes from its own file, not from Ray's."""
+        return {}
+
     def __init__(
         self,
         driver: StudyDriver,
@@ -149,8 +153,7 @@ class _Conductor(Searcher, TrialScheduler):
             return
         task = self._tasks[call[0]]
         if task.number in self.driver.running:
-            text = self._deaths.get(call[0], "the trial's process ended for an unknown reason")
-            self._fail(task, text)
+            self._fail(task, self._deaths[call[0]])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: study.db is the state."""
@@ -289,11 +292,13 @@ class _Stop(tune.Stopper):
 
 
 def _last_error(trial: Trial) -> str:
+    """What Ray says of a process that died, from the text that Tune appends to the trial's error file."""
     try:
-        error = trial.get_pickled_error()
-    except Exception:
-        error = None
-    return str(error) if error is not None else "the trial's process ended for an unknown reason"
+        said = Path(trial.error_file or "").read_text(encoding="utf-8")
+    except OSError:
+        said = ""
+    _before, _mark, last = said.rpartition("Failure # ")
+    return "The trial's process died. " + (last.partition("\n")[2].strip() or "Ray does not say why.")
 
 
 def _directory_name(trial: Trial) -> str:
@@ -325,10 +330,10 @@ def _interrupts(conductor: _Conductor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_logging() -> Iterator[None]:
-    """Ray's own log lines repeat what the study says, or speak of its internals."""
-    logger = logging.getLogger("ray")
+    """Tune's own log lines repeat what the study says, or speak of its internals."""
+    logger = logging.getLogger("ray.tune")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

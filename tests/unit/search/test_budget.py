@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 
-from medray.search.budget import Budget, Clock, expected_cost, plan_budget
+from medray.search.budget import Budget, expected_cost, plan_budget
 from medray.search.pruning import RUNGS, asha
 
 
@@ -69,10 +68,3 @@ def test_expected_cost_is_that_of_the_rule() -> None:
             cost += done
         costs.append(cost)
     assert sum(costs) / len(costs) == pytest.approx(expected_cost(20, "asha"), rel=0.1)
-
-
-def test_the_clock_runs_down() -> None:
-    clock = Clock(10.0, spent=4.0)
-    assert clock.remaining() == pytest.approx(6.0, abs=0.5)
-    assert clock.remaining(reserve=7.0) == 0.0
-    assert clock.deadline(reserve=1.0) == pytest.approx(time.time() + 5.0, abs=0.5)
