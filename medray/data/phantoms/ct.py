@@ -116,9 +116,9 @@ def render_abdomen(
         if at is None:
             break
         core = [float(g.ravel()[i]) for g, i in zip(grids, at, strict=True)]
-        size_mm = image.uniform(11, 28) * image.uniform(0.85, 1.15, 3)
+        size_mm = image.uniform(15, 32) * image.uniform(0.85, 1.15, 3)
         lesion = ball(grids, core, size_mm, width, 0.16 * smooth_field(image, shape, 7)) * liver
-        depth = scanner.contrast * image.uniform(38, 75)
+        depth = scanner.contrast * image.uniform(55, 95)
         rim = ball(grids, core, size_mm * 1.2, width) * liver - lesion
         hu = hu + np.clip(rim, 0, 1) * (14 if image.random() < 0.5 else 0)
         hu = blend(hu, lesion, parenchyma - depth + 5 * texture)

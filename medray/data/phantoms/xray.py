@@ -96,9 +96,9 @@ def _nodule(image: np.random.Generator, grids: list[Array], lung: Array, contras
     side = float(image.choice([-1, 1]))
     lowest = 0.35 if side < 0 else -0.05  # the heart hides what lies lower on its side
     centre = (image.uniform(-0.5, lowest), side * image.uniform(0.28, 0.58))
-    size = image.uniform(0.07, 0.125)
+    size = image.uniform(0.085, 0.14)
     semi = (size * image.uniform(0.85, 1.15), size * image.uniform(0.85, 1.15))
-    return contrast * _chord([v, u], centre, semi, 30 * size) * np.clip(lung * 2, 0, 1)
+    return contrast * _chord([v, u], centre, semi, 45 * size) * np.clip(lung * 2, 0, 1)
 
 
 def _effusion(image: np.random.Generator, grids: list[Array]) -> Array:
