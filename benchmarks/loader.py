@@ -30,7 +30,7 @@ from medray.learn.optimizers import build_optimizer
 from medray.models.catalogue import build_model
 from medray.plan.machine import Machine
 from medray.plan.plan import plan
-from medray.train.precision import memory_format, resolve_precision
+from medray.train.precision import lay_out, resolve_precision
 from medray.train.runtime import LocalRuntime
 from medray.train.step import Stepper
 
@@ -39,7 +39,7 @@ LIMIT = 1.10
 
 def run(quick: bool) -> Result:
     """Steps at 28 px (batches of 128) and on 3-D patches, loaded against preloaded."""
-    rounds, steps = (3, 3) if quick else (30, 8)
+    rounds, steps = (2, 2) if quick else (30, 8)
     figures: dict[str, Figure] = {}
     with tempfile.TemporaryDirectory() as folder:
         scenes = {
@@ -91,7 +91,6 @@ def prepare(manifest: Manifest, experiment: Experiment, cache: Path) -> tuple[Tr
     )
     runtime = LocalRuntime("cpu")
     precision = resolve_precision(experiment.train.precision, runtime.device)
-    model = model.to(memory_format=memory_format(manifest.ndim, precision))  # type: ignore[call-overload]
     stepper = Stepper(
         model.train(),
         build_optimizer(model, experiment.optim),
@@ -100,6 +99,7 @@ def prepare(manifest: Manifest, experiment: Experiment, cache: Path) -> tuple[Tr
         precision=precision,
         micro_batch=experiment.train.micro_batch,
         clip_norm=experiment.optim.clip_norm,
+        channels_last=lay_out(model, runtime.device, precision),
     )
     return loader, stepper
 
