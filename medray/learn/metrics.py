@@ -8,6 +8,7 @@ A class that says nothing (absent from prediction and target, or from all labels
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,9 @@ def hd95(pred: Array, target: Array, spacing: Sequence[float] | None = None) -> 
         inside = np.flatnonzero(both.any(axis=tuple(a for a in range(pred.ndim) if a != axis)))
         box.append(slice(max(0, int(inside[0]) - 1), int(inside[-1]) + 2))
     masks = [torch.from_numpy(np.ascontiguousarray(m[tuple(box)]))[None, None] for m in (pred, target)]
-    value = compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=steps.tolist())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI calls a deprecated parameter of its own
+        value = compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=steps.tolist())
     return float(value)
 
 

@@ -35,7 +35,8 @@ from medray.search.driver import StudyDriver
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows.clock import Clock
-from medray.workflows.conclusion import Conclusion, conclude
+from medray.workflows.conclusion import Concluded, Conclusion, conclude
+from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
 from medray.workflows.judging import OBJECTIVE, Direction
 from medray.workflows.planning import describe, prepare_directory
@@ -195,16 +196,32 @@ class _Study:
             return self._result(stored["champion"], stored["headline"])
         # A local session's workers share the driver's cores; it starts while the data are being read.
         concurrency, cpus, gpus = self._shares(None)
+        self.diary = Diary(self.directory.parent, self.directory.name, lambda text: self._tell("note", text))
+        self.diary.study(
+            {"data": self.asked.source, "command": self.asked.command, "study": self.asked.study.model_dump()}
+        )
+        try:
+            conclusion = self._stages(address, concurrency, cpus, gpus)
+        except BaseException:
+            self.diary.end({}, None, status="FAILED")
+            raise
+        conclusion.save(self.directory / "result.json", seconds=self.clock.spent)
+        self.diary.end(
+            {name: value for name, (value, _, _) in conclusion.metrics.items()}, self.directory / "report.html"
+        )
+        self._tell("done", conclusion.headline)
+        return self._result(conclusion.champion, conclusion.headline)
+
+    def _stages(self, address: str | None, concurrency: int, cpus: int, gpus: float) -> Concluded:
         with ray_session(address=address, threads=cpus) as session:
             if not session.is_local:
                 concurrency, cpus, gpus = self._shares(session)
-            session.warm(["medray.workflows.trial"], workers=concurrency)
             self._prepare()
             records, importance, sampler = self._search(concurrency, cpus, gpus)
             finalists = self._final(records, session)
         with self.clock.stage("choice, report, bundle"):
             self._tell("stage", "choosing the champion, writing report and bundle")
-            conclusion = conclude(
+            return conclude(
                 Conclusion(
                     directory=self.directory,
                     recipe=self.recipe,
@@ -219,9 +236,6 @@ class _Study:
                     clock=self.clock,
                 )
             )
-        conclusion.save(self.directory / "result.json", seconds=self.clock.spent)
-        self._tell("done", conclusion.headline)
-        return self._result(conclusion.champion, conclusion.headline)
 
     def _result(self, champion: str, headline: str) -> StudyResult:
         return StudyResult(
@@ -356,8 +370,8 @@ class _Study:
     ) -> list[tuple[str, Trained]]:
         """Where the finalists reached ``train.epochs`` with time to spare: the better one again, with other seeds.
 
-        On small data this is the common case, and the mean of several networks is the surest gain that more time can buy
-        (Lakshminarayanan et al., Deep ensembles, NeurIPS 2017).
+        On small data this is the common case, and the mean of several networks is the surest gain that more time can
+        buy (Lakshminarayanan et al., Deep ensembles, NeurIPS 2017).
         """
         metric, direction = self.objective
         sign = 1.0 if direction == "max" else -1.0
@@ -468,6 +482,8 @@ class _Study:
             if event.kind == "completed":
                 self._values.append(value)
         self.clock.save(every=2.0)
+        if event.kind in ("pruned", "completed", "failed"):
+            self.diary.trial(event.number, event.kind, event.params, event.metrics)
         self._tell(
             kinds[event.kind], event.message, trial=event.number, fraction=event.fraction, metrics=dict(event.metrics)
         )

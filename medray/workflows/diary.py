@@ -1,0 +1,88 @@
+"""The study's entries in MLflow: a run for the study, one nested in it for each trial.
+
+Written by a thread of the driver, behind a queue: opening the store takes seconds, and no trial waits for it. A store
+that can't be written costs a note, never the study: the study's own folder is the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medray.tracking import MlflowTracker
+
+PATIENCE = 15.0
+"""Seconds that the end of a study waits for entries still in the queue."""
+
+Note = Callable[[str], None]
+
+
+class Diary:
+    """Writes to ``<folder>/mlflow.db``.
+
+    Args:
+        folder: where the runs lie.
+        study: its name, which is the MLflow experiment's.
+        note: told, once, where the store can't be written.
+    """
+
+    def __init__(self, folder: Path, study: str, note: Note) -> None:
+        self._folder, self._study, self._note = folder, study, note
+        self._parent: MlflowTracker | None = None
+        self._entries: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="medray-diary", daemon=True)
+        self._thread.start()
+
+    def study(self, params: Mapping[str, Any]) -> None:
+        """What was asked for."""
+        self._entries.put(lambda: self._open().params(params))
+
+    def trial(self, number: int, state: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """A trial that has ended."""
+        params, metrics = dict(params), dict(metrics)
+
+        def write() -> None:
+            parent = self._open()
+            tracker = MlflowTracker(
+                self._folder, self._study, f"trial {number}", parent=parent.run_id, tags={"medray.state": state}
+            )
+            tracker.params(params)
+            tracker.scalars(metrics, 0)
+            tracker.close("FAILED" if state == "failed" else "FINISHED")
+
+        self._entries.put(write)
+
+    def end(self, metrics: Mapping[str, float], report: Path | None, *, status: str = "FINISHED") -> None:
+        """Close the study's run, and wait a little for what is still to be written."""
+        metrics = dict(metrics)
+
+        def write() -> None:
+            parent = self._open()
+            parent.scalars(metrics, 0)
+            if report is not None and report.is_file():
+                parent.artifact(report)
+            parent.close(status)
+
+        self._entries.put(write)
+        self._entries.put(None)
+        self._thread.join(PATIENCE)
+
+    def _open(self) -> MlflowTracker:
+        if self._parent is None:
+            self._parent = MlflowTracker(self._folder, self._study, self._study)
+        return self._parent
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # where the system knows no priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        while (entry := self._entries.get()) is not None:
+            try:
+                entry()
+            except Exception as error:  # whatever MLflow or its database raise: the study goes on
+                self._note(f"MLflow takes no entries ({error}); the study's folder has everything")
+                return
