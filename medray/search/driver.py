@@ -47,6 +47,7 @@ _STATES: dict[TrialState, State] = {
 }
 _FIRST_FAILURES = 3  # that end a study in which nothing has worked yet
 _ERROR_CHARACTERS = 20_000
+_ROUNDING = 0.01  # by which a schedule that is laid by the clock may overshoot its end
 _STEPS = (
     1000  # Optuna's intermediate values stand at thousandths of the schedule, so that trials of all lengths compare
 )
@@ -275,8 +276,9 @@ class StudyDriver:
             whether the trial should be stopped: the caller then ends it with :meth:`prune`.
         """
         self._must_run(number)
-        if not 0.0 <= fraction <= 1.0 + 1e-6:
+        if not 0.0 <= fraction <= 1.0 + _ROUNDING:
             raise StudyError(f"trial {number} reported fraction={fraction!r}; it must lie within 0..1")
+        fraction = min(fraction, 1.0)
         # A resumed trial goes back to its checkpoint: what it reported beyond that did not happen.
         history = [entry for entry in self._histories[number] if entry["fraction"] < fraction]
         history.append({**more, "step": int(step), "fraction": float(fraction), "metrics": _floats(metrics)})

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +40,6 @@ class RaySession:
     gpus: float
     is_local: bool
 
-    def warm(self, modules: Sequence[str], *, workers: int) -> None:
-        """Have ``workers`` idle worker processes import ``modules`` now, while the caller does something else.
-
-        Actors are started in such processes: importing torch there takes seconds that a first trial need not wait for.
-        """
-        import ray
-
-        task = ray.remote(num_cpus=1, max_retries=0)(_import_all)
-        for _ in range(max(0, min(workers, int(self.cpus)))):
-            task.remote(tuple(modules))
-
 
 @contextlib.contextmanager
 def ray_session(
@@ -79,14 +67,13 @@ def ray_session(
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         # Workers inherit the environment of the processes started here: no runtime_env is needed, which costs seconds.
-        with _environment(_QUIET | numeric):
+        with _environment(_QUIET | numeric), _loopback_only():
             ray.init(
                 address="local",
                 num_cpus=cpus if cpus is not None else usable_cpus(),
                 num_gpus=gpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",  # images' surroundings: nothing listens outside this machine
                 **common,
             )
     else:
@@ -96,6 +83,24 @@ def ray_session(
         yield _describe(is_local=address is None)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Have all of a local session's processes listen on 127.0.0.1 alone.
+
+    Ray turns the address 127.0.0.1 into the machine's outer one, except where it supports no clusters (macOS, Windows).
+    Its switch for that is read from the environment by the processes it starts, but only once, at import, by this one.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def usable_cpus() -> int:
@@ -132,11 +137,6 @@ def _describe(*, is_local: bool) -> RaySession:
 
     resources = ray.cluster_resources()
     return RaySession(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), is_local=is_local)
-
-
-def _import_all(modules: tuple[str, ...]) -> None:
-    for name in modules:
-        importlib.import_module(name)
 
 
 @contextlib.contextmanager
