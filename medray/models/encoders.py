@@ -120,6 +120,7 @@ def any_encoder(name: str) -> ModelSpec:
         build=lambda request: build_encoder_unet(request, name),
         options=frozenset({"pretrained"}),
         stride=_halves,
+        cells=2,
         hub=True,
     )
 

@@ -65,6 +65,11 @@ def keep_resolution(model: nn.Module, times: int, *, keep_kernels: bool) -> nn.M
                 small = nn.Conv2d(part.in_channels, part.out_channels, 3, 1, 1, bias=part.bias is not None)
                 nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
                 _replace(model, name, small)
+        elif isinstance(part, nn.Conv2d) and part.stride == part.kernel_size == (4, 4):
+            # A stem of tokens (ConvNeXt): let them overlap.
+            part.stride = (4 >> times,) * 2
+            part.padding = (1, 1) if times == 1 else "same"
+            break
         elif isinstance(part, (nn.MaxPool2d, nn.AvgPool2d)):
             _replace(model, name, nn.Identity())
         else:
@@ -94,9 +99,6 @@ def build_timm(request: Request, backbone: str) -> nn.Module:
     tokens = timm.get_pretrained_cfg(backbone)
     if request.patch_size is not None and tokens is not None and tokens.fixed_input_size:
         arguments |= {"img_size": request.patch_size} | _tokens(backbone, request.patch_size)
-        reductions = 0
-    elif backbone.startswith("convnext") and reductions:
-        arguments |= {"patch_size": 4 >> reductions}
         reductions = 0
     try:
         model = timm.create_model(backbone, pretrained=request.hub, **arguments)
