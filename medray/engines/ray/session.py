@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from medray.errors import StudyError
 
 _OBJECT_STORE_BYTES = 200 * 2**20  # payloads are small: images go through the memory-mapped cache, not through Ray
+_REACH_SECONDS = 10.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing phones home
@@ -118,17 +120,29 @@ def quiet_environment() -> Iterator[None]:
 def _connect(address: str, options: Mapping[str, Any]) -> None:
     import ray
 
+    _check_reachable(address)
     try:
         ray.init(address=address, **options)
     except Exception as error:
-        if "auth" in str(error).lower() or "token" in str(error).lower():
-            raise StudyError(
-                f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-                f"RAY_AUTH_TOKEN_PATH) to the cluster's own, the same on all nodes. Ray said: {error}"
-            ) from error
+        # Whether it was the token Ray says on its own log only.
         raise StudyError(
-            f"no Ray cluster could be joined at {address}: {error}\nGive the head's host:port (its GCS port, 6379 "
-            f"unless changed), with the same versions of Python and Ray ({ray.__version__}) as here"
+            f"the Ray cluster at {address} answers but could not be joined: {error}\nIt must run the same versions of "
+            f"Python and Ray ({ray.__version__}) as this machine. One that asks for a token, as those of 'ray up' do, "
+            f"needs RAY_AUTH_MODE=token here and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, the same as on its nodes"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try an address where nothing listens for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or a form that Ray may know
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise StudyError(
+            f"no Ray cluster could be joined at {address}: {error}. Give the head's host:port (its GCS port, 6379 "
+            f"unless changed) and see that it runs and that no firewall stands between"
         ) from error
 
 
