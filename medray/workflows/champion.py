@@ -6,6 +6,8 @@ measured on test cases, which were used for no choice; where there are none, on 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +33,7 @@ from medray.predict.sliding import classify
 from medray.train.precision import resolve_device
 from medray.workflows.judging import Direction, all_metrics, measure, predictor_of, segment_prepared
 from medray.workflows.recipe import Recipe
-from medray.workflows.training import Trained, new_model, outputs
+from medray.workflows.training import Network, Trained, new_model, outputs
 
 Corrupt = Callable[[Image], Image]
 
@@ -41,10 +43,10 @@ class Candidate:
     """One network, or several whose probabilities are averaged."""
 
     name: str
-    members: tuple[Trained, ...]
+    members: tuple[Network, ...]
 
     @property
-    def lead(self) -> Trained:
+    def lead(self) -> Network:
         """The member whose experiment says how images are prepared and windows laid; all members agree on that."""
         return self.members[0]
 
@@ -134,7 +136,7 @@ def _sees_alike(one: Trained, other: Trained) -> bool:
     return a.preprocess == b.preprocess and a.train.patch_size == b.train.patch_size and a.inference == b.inference
 
 
-def _soup(recipe: Recipe, members: Sequence[Trained]) -> Trained | None:
+def _soup(recipe: Recipe, members: Sequence[Trained]) -> Network | None:
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in members[0].model.modules()):
         return None
     lead = members[0]
@@ -145,7 +147,7 @@ def _soup(recipe: Recipe, members: Sequence[Trained]) -> Trained | None:
     }
     model = new_model(lead.experiment, recipe.manifest)
     model.load_state_dict(mean)
-    return Trained(model=model.eval(), experiment=lead.experiment, fit=lead.fit, directory=lead.directory)
+    return Network(model=model.eval(), experiment=lead.experiment)
 
 
 @dataclass(kw_only=True)
@@ -320,6 +322,20 @@ def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray
     ]
     labels = preprocessor.restore_argmax(_mean(parts), geometry)
     return keep_largest(labels, outputs(manifest)) if lead.inference.keep_largest else labels
+
+
+def time_case(recipe: Recipe, indices: Sequence[int], metric: str, *, repeats: int = 3) -> float:
+    """Seconds that scoring one case by one network takes here: the fastest of some, by the default's untrained twin."""
+    experiment = recipe.experiment()
+    candidate = Candidate(
+        name="probe", members=(Network(model=new_model(experiment, recipe.manifest).eval(), experiment=experiment),)
+    )
+    fastest = math.inf
+    for index in spread(indices, repeats):
+        began = time.monotonic()
+        score(recipe, [candidate], [index], metric=metric, distances=True)
+        fastest = min(fastest, time.monotonic() - began)
+    return fastest
 
 
 def divisor_of(candidate: Candidate, ndim: int) -> int:

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from medray.bundle.spec import INTENDED_USE, InferenceSpec
 from medray.bundle.write import write_bundle
 from medray.config.schema import StudyConfig
 from medray.data.image import Image
+from medray.errors import BundleError
 from medray.learn.corrupt import CORRUPTIONS, Corruption, corrupt
 from medray.learn.intervals import Interval as Estimate
 from medray.learn.intervals import bootstrap
@@ -47,7 +49,10 @@ from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
 from medray.workflows.training import Trained
 
-ROBUSTNESS_CASES = 16
+
+def robustness_seconds(budget: float) -> float:
+    """What of a study's budget the robustness section may take."""
+    return max(3.0, budget / 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +149,7 @@ def conclude(asked: Conclusion) -> Concluded:
         classification=classification,
         segmentation=segmentation,
         resources=_resources(asked, champion, case_seconds, bundle_seconds),
-        reproduce=_reproduce(asked, champion),
+        reproduce=_reproduce(asked),
     )
     write_report(data, directory / "report.html")
     return Concluded(
@@ -194,7 +199,8 @@ def _write_bundle(
         assert validation.logits is not None and validation.targets is not None
         thresholds = fit_thresholds(probabilities(validation.logits, "multilabel", temperature), validation.targets)
     began = time.monotonic()
-    write_bundle(
+    write = partial(
+        write_bundle,
         asked.directory / "bundle",
         kind=manifest.task,
         ndim=manifest.ndim,
@@ -222,24 +228,29 @@ def _write_bundle(
             for name, found in metrics.items()
             for suffix, value in (("", found.value), ("_low", found.low), ("_high", found.high))
         },
-        notes=(f"Trained by: {asked.command}", f"Champion: {champion.name}"),
     )
+    notes = [f"Trained by: {asked.command}", f"Champion: {champion.name}"]
+    try:
+        write(notes=notes)
+    except BundleError as error:
+        # A model without ONNX can still be used by torch; a study that ends with nothing could not.
+        write(notes=[*notes, f"No ONNX file: {error}"], onnx=False)
     return time.monotonic() - began
 
 
 def _robustness(
     asked: Conclusion, champion: Candidate, indices: tuple[int, ...], metric: str, case_seconds: float
 ) -> tuple[RobustnessRow, ...]:
-    """The champion on corrupted images: as many cases as a twentieth of the budget allows, at least four."""
-    rounds = 3 * len(CORRUPTIONS) + 1
-    allowed = max(asked.study.budget / 20, 5.0)
-    count = int(min(ROBUSTNESS_CASES, max(4, allowed / max(case_seconds, 1e-3) / rounds)))
-    if asked.recipe.manifest.task != "segmentation":
-        count = int(min(200, max(30, allowed / max(case_seconds, 1e-3) / rounds)))
-    chosen = choosing.spread(indices, count)
+    """The champion on corrupted images: as many severities and cases as a twentieth of the budget allows."""
+    per_case = case_seconds
+    allowed = robustness_seconds(asked.study.budget)
+    levels = (1, 2, 3) if 4 * per_case * (3 * len(CORRUPTIONS) + 1) <= allowed else (2,)
+    affordable = int(allowed / max(per_case, 1e-4) / (len(levels) * len(CORRUPTIONS) + 1))
+    few, many = (4, 16) if asked.recipe.manifest.task == "segmentation" else (30, 200)
+    chosen = choosing.spread(indices, min(many, max(few, affordable)))
     rows = []
     plan: list[tuple[str, int, Any]] = [("none", 0, None)]
-    plan += [(name, level, _corruption(name, level)) for name in CORRUPTIONS for level in (1, 2, 3)]
+    plan += [(name, level, _corruption(name, level)) for name in CORRUPTIONS for level in levels]
     for name, level, change in plan:
         found = choosing.score(asked.recipe, [champion], chosen, metric=metric, corrupt=change)[champion.name]
         rows.append(RobustnessRow(corruption=name, severity=level, score=_interval(found.interval())))
@@ -319,9 +330,9 @@ def _resources(asked: Conclusion, champion: Candidate, case_seconds: float, bund
     weights = sum(p.numel() for member in champion.members for p in member.model.parameters())
     return {
         "Wall clock": f"{asked.clock.spent:.0f} s of {asked.study.budget:.0f} s",
-        "Training of the champion": f"{sum(m.fit.seconds for m in champion.members):.0f} s, "
-        f"{sum(m.fit.steps for m in champion.members)} steps",
-        "Peak memory of training": f"{max(m.fit.peak_memory_mb for m in champion.members):.0f} MiB",
+        "Training of the finalists": f"{sum(t.fit.seconds for _, t in asked.finalists):.0f} s, "
+        f"{sum(t.fit.steps for _, t in asked.finalists)} steps",
+        "Peak memory of training": f"{max(t.fit.peak_memory_mb for _, t in asked.finalists):.0f} MiB",
         "Parameters": f"{weights:,}",
         "Measuring one case, reading included": f"{case_seconds * 1000:.0f} ms",
         "Bundle": f"{files / 2**20:.1f} MiB, written and verified in {bundle_seconds:.0f} s",
@@ -329,7 +340,7 @@ def _resources(asked: Conclusion, champion: Candidate, case_seconds: float, bund
     }
 
 
-def _reproduce(asked: Conclusion, champion: Candidate) -> dict[str, str]:
+def _reproduce(asked: Conclusion) -> dict[str, str]:
     libraries = ("torch", "ray", "optuna", "monai", "timm", "onnxruntime-gpu", "numpy")
     versions = [f"medray {__version__}", f"python {platform.python_version()}", platform.platform()]
     for library in libraries:
@@ -339,7 +350,7 @@ def _reproduce(asked: Conclusion, champion: Candidate) -> dict[str, str]:
             continue
     return {
         "Command": asked.command,
-        **{f"experiment.yaml of {member.directory.name}": dump(member.experiment) for member in champion.members},
+        **{f"experiment.yaml of {name}": dump(trained.experiment) for name, trained in asked.finalists},
         "Data digest": asked.recipe.fingerprint.digest,
         "Versions": "\n".join(versions),
     }

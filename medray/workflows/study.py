@@ -34,8 +34,9 @@ from medray.search.budget import plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
+from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
-from medray.workflows.conclusion import Concluded, Conclusion, conclude
+from medray.workflows.conclusion import Concluded, Conclusion, conclude, robustness_seconds
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
 from medray.workflows.judging import OBJECTIVE, Direction
@@ -187,6 +188,7 @@ class _Study:
         self._observer = observer
         self._best: float | None = None
         self._values: list[float] = []
+        self._case_seconds: float | None = None
 
     def run(self, address: str | None) -> StudyResult:
         done = self.directory / "result.json"
@@ -301,7 +303,7 @@ class _Study:
             pruner=study.pruner,
             spent=spent,
             start_up=min(spent, sum(self.clock.stages.values()) - self.clock.stages.get("search", 0.0)),
-            finish=self._finish_seconds((), 2),
+            finish=self._finish_seconds(2),
             overhead=1.0,
         )
         with self.clock.stage("search"), self._driver() as driver:
@@ -341,7 +343,7 @@ class _Study:
         plans: list[tuple[str, Mapping[str, Any]]] = [("default", {})]
         if best is not None and not best.is_default:
             plans.append((f"trial-{best.number}", best.params))
-        finish = self._finish_seconds(records, len(plans))
+        finish = self._finish_seconds(len(plans))
         open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
         parallel = len(open_plans) if session.gpus >= len(open_plans) else 1
         with self.clock.stage("final fit"):
@@ -358,14 +360,13 @@ class _Study:
                 self._run_final([self._final_task(name, params, seconds) for name, params in now], session, parallel)
             found = [(name, trained) for name, _ in plans if (trained := self._finalist(name)) is not None]
             if self.asked.study.ensemble:
-                found += self._twins(plans, found, finish, session)
+                found += self._twins(plans, found, session)
         return found
 
     def _twins(
         self,
         plans: Sequence[tuple[str, Mapping[str, Any]]],
         found: Sequence[tuple[str, Trained]],
-        finish: float,
         session: RaySession,
     ) -> list[tuple[str, Trained]]:
         """Where the finalists reached ``train.epochs`` with time to spare: the better one again, with other seeds.
@@ -378,11 +379,10 @@ class _Study:
         lead, trained = max(found, key=lambda pair: sign * pair[1].fit.best.get(metric, -sign * math.inf))
         params = dict(plans)[lead]
         twins: list[tuple[str, Trained]] = []
-        per_twin = finish / max(1, len(found)) * 0.6
         for number in range(1, MEMBERS - len(found) + 1):
             name = f"{lead}-twin-{number}"
             known = self._finalist(name)
-            reserve = finish + per_twin * (len(twins) + 1)
+            reserve = self._finish_seconds(len(found) + len(twins) + 1)
             if known is None:
                 if self.clock.left - reserve < 1.1 * trained.fit.seconds + 3.0:
                     break
@@ -440,15 +440,15 @@ class _Study:
         completed = [record for record in records if record.values is not None]
         return max(completed, key=lambda record: sign * record.values[position], default=None)  # type: ignore[index]
 
-    def _finish_seconds(self, records: Sequence[TrialRecord], networks: int) -> float:
-        """What choice, report and bundle will take: an upper guess from the share that this has taken before."""
-        splits = self.recipe.splits(self.recipe.experiment())
-        cases = len(splits.val) + len(splits.test)
-        per_case = 0.25 if self.recipe.manifest.task == "segmentation" else 0.02
-        timed = [float(r.extras["case_seconds"]) for r in records if "case_seconds" in r.extras]
-        if timed:
-            per_case = max(timed)
-        return 18.0 + 8.0 * networks + 1.3 * per_case * cases * networks
+    def _finish_seconds(self, networks: int) -> float:
+        """What choice, robustness, report and bundle will take with so many networks, from one case timed here."""
+        if self._case_seconds is None:
+            splits = self.recipe.splits(self.recipe.experiment())
+            metric = self.objective[0].removeprefix("val/")
+            self._case_seconds = time_case(self.recipe, splits.val, metric)
+            self._cases = len(splits.val) + len(splits.test)
+        scoring = 1.15 * self._case_seconds * self._cases * networks
+        return 12.0 + 5.0 * networks + scoring + robustness_seconds(self.asked.study.budget)
 
     # Resources and events --------------------------------------------------------------------------------------------
 

@@ -33,17 +33,27 @@ from medray.workflows.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A trained network and how it came to be.
+class Network:
+    """A network, and the experiment that says how images reach it.
 
     Attributes:
-        model: with the weights of its best validation, in evaluation mode, on the CPU.
-        fit: what fit() returned.
-        directory: ``experiment.yaml``, ``weights.safetensors``, ``result.json``, TensorBoard events.
+        model: in evaluation mode, on the CPU.
+        experiment: its own.
     """
 
     model: nn.Module
     experiment: Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Network):
+    """A network with the weights of its best validation, and how it came to be.
+
+    Attributes:
+        fit: what fit() returned.
+        directory: ``experiment.yaml``, ``weights.safetensors``, ``result.json``, TensorBoard events.
+    """
+
     fit: FitResult
     directory: Path
 
