@@ -9,10 +9,10 @@ from functools import cache
 
 from medray.search.pruning import MEDIAN_TRIALS, REDUCTION, RUNGS
 
-SHORTEST_TRIAL = 20.0
+SHORTEST_TRIAL = 8.0
 """A trial shorter than this says little: start-up and first validations fill it."""
-SMALLEST_SHARE = 0.05
-"""Of the search: more trials than 1/0.05 at once are cheaper by a larger budget than by shorter trials."""
+SMALLEST_SHARE = 0.1
+"""Of the search: more trials than 1/0.1 at once are cheaper by a larger budget than by shorter trials."""
 _ORDERS = 100  # random orders that the expected cost of early stops is averaged over
 
 
@@ -50,7 +50,7 @@ def plan_budget(
     """Share out a wall-clock budget.
 
     The search gets ``search_share`` of what start-up and finish leave. Each trial gets as long as the expected number
-    of them, with early stops, allows; there are fewer trials rather than ones shorter than 20 s and 5 % of the search.
+    of them, with early stops, allows; there are fewer trials rather than ones shorter than 8 s and a tenth of the search.
 
     Args:
         total: the whole budget.

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from medray.search.budget import Budget, expected_cost, plan_budget
+from medray.search.budget import SHORTEST_TRIAL, SMALLEST_SHARE, Budget, expected_cost, plan_budget
 from medray.search.pruning import RUNGS, asha
 
 
@@ -23,7 +23,7 @@ def test_the_parts_add_up() -> None:
 @pytest.mark.parametrize("total", [120.0, 600.0, 1200.0, 7200.0])
 def test_trials_are_of_a_sensible_length_and_fit(total: float, pruner: str) -> None:
     budget = plan(total, pruner=pruner)
-    assert budget.trial >= min(budget.search, max(20.0, 0.05 * budget.search)) - 1e-9
+    assert budget.trial >= min(budget.search, max(SHORTEST_TRIAL, SMALLEST_SHARE * budget.search)) - 1e-9
     assert expected_cost(budget.trials - 1, pruner) * budget.trial + budget.trial <= budget.search + 1e-6
 
 
@@ -46,7 +46,7 @@ def test_a_resumed_study_has_what_is_left() -> None:
 
 
 def test_hardly_any_time_gives_the_default_alone() -> None:
-    budget = plan(90.0)
+    budget = plan(66.0)
     assert (budget.trials, budget.trial) == (1, budget.search)
     assert plan(30.0).final == 0.0
 

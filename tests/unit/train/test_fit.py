@@ -307,7 +307,7 @@ def test_nan_is_never_best_and_an_unknown_objective_is_named() -> None:
 
 
 def test_a_budget_is_used_up_and_the_schedule_ends_with_it() -> None:
-    spec = experiment(train__budget=3.0, train__epochs=1, schedule__name="cosine")
+    spec = experiment(train__budget=3.0, train__epochs=100_000, schedule__name="cosine")
 
     def slow(model: nn.Module) -> dict[str, float]:
         time.sleep(0.05)
@@ -329,7 +329,7 @@ def test_a_budget_survives_a_machine_that_slows_down() -> None:
             self.pause = 0.005 if self.served < 100 else 0.02
             return super().draw(seed)
 
-    result = run(experiment(train__budget=3.0), Slows(pause=0.005))
+    result = run(experiment(train__budget=3.0, train__epochs=100_000), Slows(pause=0.005))
     assert result.stopped == "finished" and result.history[-1]["fraction"] == 1.0
     assert 2.6 < result.seconds < 3.4
 

@@ -13,7 +13,7 @@ def simulate(
     budget: float, step: float, validation: float, *, slower_at: float = 1e9, factor: float = 3.0
 ) -> tuple[Pace, float, int]:
     """Run a plan on a machine with these costs; steps cost ``factor`` times as much after ``slower_at`` seconds."""
-    pace = Pace(epochs=100, steps_per_epoch=10, budget=budget, validate_every=None, timed=True)
+    pace = Pace(epochs=100_000, steps_per_epoch=10, budget=budget, validate_every=None, timed=True)
     clock, done, count = 0.0, 0, 0
     while True:
         cost = step * (factor if clock > slower_at else 1)
@@ -87,3 +87,13 @@ def test_a_resumed_plan_is_the_same() -> None:
     other = Pace(epochs=1, steps_per_epoch=10, budget=300.0, validate_every=None, timed=True)
     other.load_state_dict(pace.state_dict())
     assert other.state_dict() == pace.state_dict() and other.corrections
+
+
+def test_epochs_end_a_run_that_has_time_to_spare() -> None:
+    pace = Pace(epochs=3, steps_per_epoch=10, budget=1000.0, validate_every=None, timed=True)
+    for step in range(1, 31):
+        pace.ticked(0.1, step, 0.1 * step)
+        if pace.due(step):
+            pace.validated(0.1)
+            pace.revise(pace.times(), step, 0.1 * step)
+    assert pace.total == 30
