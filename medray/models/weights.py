@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,9 @@ def fetch_torchvision(url: str) -> dict[str, Tensor]:
 def _reachable(endpoint: str, seconds: float = 4.0) -> bool:
     """Whether the hub's host answers; taken for granted behind a proxy, where only the client knows the way."""
     url = urlsplit(endpoint)
-    if url.hostname is None or getproxies().get(url.scheme):
+    names = (f"{url.scheme}_proxy", "all_proxy")
+    proxied = any(os.environ.get(name) or os.environ.get(name.upper()) for name in names)
+    if url.hostname is None or proxied:
         return True
     try:
         with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), seconds):

@@ -103,7 +103,8 @@ def test_the_hub_out_of_reach_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
         raise OSError("unreachable")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr("medray.models.weights.getproxies", dict)
+    for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     before = constants.HF_HUB_OFFLINE
     with pytest.raises(
