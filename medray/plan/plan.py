@@ -33,7 +33,7 @@ DEFAULT_MODEL = {
     ("segmentation", 2): "unet",
     ("segmentation", 3): "unet",
     ("classification", 2): "resnet18",
-    ("classification", 3): "resnet3d",
+    ("classification", 3): "resnet18",
 }
 
 
@@ -188,7 +188,9 @@ def _segmentation_batch(patch: list[int], width: int, machine: Machine, fingerpr
 
 def _classification(fingerprint: Fingerprint, machine: Machine, spec: ModelSpec) -> Tree:
     gpu = machine.device == "cuda"
-    size = _classification_size(fingerprint, gpu)
+    config = ModelConfig(name=spec.name)
+    multiple, smallest = spec.divisor(config, fingerprint.ndim), spec.smallest(config, fingerprint.ndim)
+    size = [max(smallest, math.ceil(n / multiple) * multiple) for n in _classification_size(fingerprint, gpu)]
     pixels = math.prod(size)
     share = [n for n in fingerprint.class_cases.values() if n > 0] or [1]
     imbalance = max(share) / min(share)
