@@ -1,7 +1,7 @@
 """3-D segmentation, the main job: MSD hippocampus, 20 minutes on this machine, everything included.
 
-Trial 0 alone (no search) gets the same 20 minutes beside it. The 52 held-back volumes are measured once, by the champion
-that validation cases chose.
+Trial 0 alone (no search) gets the same 20 minutes beside it. The 52 held-back volumes are measured once, by the
+champion that validation cases chose.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def run(quick: bool) -> Result:
         else {"dice_mean_test": Target(op=">=", value=0.89), "wall_over_budget": Target(op="<=", value=1.05)}
     )
     notes = [
-        "nnU-Net after GPU hours: 0.894 on the official test; a plain bf16 U-Net: 0.871 in 5 min, 0.887 in 10 and in 17.",
-        f"Champion: {ours.result['champion']}; {ours.result['cases']} test volumes; intervals by bootstrap over patients.",
+        "nnU-Net after GPU hours: 0.894 on the official test; a plain bf16 U-Net: 0.871 in 5 min, 0.887 in 10 and 17.",
+        f"Champion: {ours.result['champion']}; {ours.result['cases']} test volumes; bootstrap over patients.",
     ]
     return Result(
         figures=figures,

@@ -78,8 +78,8 @@ class PreprocessConfig(Section):
     pad_multiple: int = Field(1, ge=1, description="pad each axis to a multiple of this")
     normalize: Literal["zscore", "ct", "range", "none"] = Field(
         "zscore",
-        description="zscore: per image and channel; ct: clip to, and scale by, the data set's own percentiles, mean and "
-        "std; range: a fixed low..high to -1..1",
+        description="zscore: per image and channel; ct: clip to, and scale by, the data set's own percentiles, mean "
+        "and std; range: a fixed low..high to -1..1",
     )
     clip: tuple[tuple[float, float], ...] | None = Field(None, description="(low, high) per channel, before scaling")
     mean: tuple[float, ...] | None = Field(None, description="per channel (ct)")
@@ -112,7 +112,7 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    """A network of the catalogue. Fields that a network does not have are ignored by none: the catalogue refuses them."""
+    """A network of the catalogue, which refuses the fields that a network does not have."""
 
     name: str = "unet"
     feature_size: int | None = Field(None, ge=4, le=512, description="width of the first level; null: the family's own")

@@ -1,7 +1,7 @@
 """An image in memory.
 
-Shape legend: C channels; spatial axes are (H, W) = (rows, columns) in 2-D and (X, Y, Z) in 3-D, where increasing indices
-go to the patient's Right, Anterior, Superior (RAS+), whatever the file said.
+Shape legend: C channels; spatial axes are (H, W) = (rows, columns) in 2-D and (X, Y, Z) in 3-D, where increasing
+indices go to the patient's Right, Anterior, Superior (RAS+), whatever the file said.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Image:
         affine: (4, 4), voxel index of ``array`` to RAS millimetres; None in 2-D files without geometry.
         modality: as far as the file says.
         source: the path or reference that it was read from.
-        original: what a writer needs to give an answer in the input's own geometry (original affine, shape, orientation,
-            DICOM series files); empty where there is nothing to remember.
+        original: what a writer needs to give an answer in the input's own geometry (original affine, shape,
+            orientation, DICOM series files); empty where there is nothing to remember.
     """
 
     array: npt.NDArray[np.float32]

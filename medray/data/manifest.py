@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +25,8 @@ class _Row(BaseModel):
 class Case(_Row):
     """One sample.
 
-    ``images`` and ``mask`` are references: a path relative to ``Manifest.root`` (or absolute), a directory for a DICOM series,
-    ``file.npz#array/index`` for one item of an archive, or ``phantom://name?seed=…&index=…``.
+    ``images`` and ``mask`` are references: a path relative to ``Manifest.root`` (or absolute), a directory for a DICOM
+    series, ``file.npz#array/index`` for one item of an archive, or ``phantom://name?seed=…&index=…``.
     """
 
     id: str = Field(min_length=1)
@@ -49,7 +48,7 @@ class Case(_Row):
 class Finding(_Row):
     """One thing that a check found."""
 
-    rule: str = Field(description="e.g. unreadable, empty, constant, geometry, label-range, duplicate, leak, no-cases, spacing")
+    rule: str = Field(description="e.g. unreadable, empty, constant, geometry, label-range, duplicate, leak, spacing")
     severity: Literal["warning", "error"]
     case: str | None
     message: str = Field(description="what is wrong, with the value")
@@ -75,7 +74,7 @@ class Manifest(_Row):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
         partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:

@@ -50,7 +50,7 @@ def plan_budget(
     """Share out a wall-clock budget.
 
     The search gets ``search_share`` of what start-up and finish leave. Each trial gets as long as the expected number
-    of them, with early stops, allows; there are fewer trials rather than ones shorter than 8 s and a tenth of the search.
+    of them, with early stops, allows; there are fewer trials rather than ones shorter than 8 s and a tenth of it.
 
     Args:
         total: the whole budget.

@@ -111,6 +111,11 @@ def tune(
 def _new(path: Path | None, overrides: Sequence[str], runs: Path) -> tuple[Path, Asked]:
     composed = compose(path, overrides)
     Space.parse(composed.space)
+    if composed.study.workers_per_trial > 1:
+        raise ConfigError(
+            f"study.workers_per_trial={composed.study.workers_per_trial}: a trial uses one process as yet. Set it to 1 "
+            "and study.concurrency to the number of trials at once"
+        )
     source = str(composed.explicit.get("data") or Experiment().data)
     command = " ".join(["medray tune", *([str(path)] if path else []), *overrides])
     asked = Asked(
