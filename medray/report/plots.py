@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,11 @@ def figure(width: float = 5.2, height: float = 3.4) -> tuple[Figure, Axes]:
     return shape, axes
 
 
+def plain(text: str) -> str:
+    """Text from the data as it shall be read: no formula between dollars, no legend entry hidden by an underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def svg(shape: Figure) -> str:
     """The figure as SVG text to put into a page."""
     buffer = io.StringIO()
@@ -50,7 +55,9 @@ def png(pixels: npt.NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], objective: str) -> str:
+def learning_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], objective: str, direction: Literal["max", "min"]
+) -> str:
     """The objective over seconds of training: finalists in colour, trials behind them."""
     shape, axes = figure(7.0, 3.6)
     final = 0
@@ -60,33 +67,34 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[float, float]]], objecti
             continue
         x, y = zip(*points, strict=True)
         if name.startswith("final"):
-            axes.plot(x, y, color=COLOURS[final % len(COLOURS)], linewidth=2, label=name, zorder=3)
+            axes.plot(x, y, color=COLOURS[final % len(COLOURS)], linewidth=2, label=plain(name), zorder=3)
             final += 1
         else:
             axes.plot(x, y, color=QUIET, linewidth=1, marker=".", markersize=3, label=None if trials else "trials")
             trials += 1
     axes.set_xlabel("seconds of training", fontsize=9)
-    axes.set_ylabel(objective, fontsize=9)
+    axes.set_ylabel(plain(objective), fontsize=9)
     if final or trials:
         axes.legend(fontsize=8, frameon=False)
-    _readable_limits(axes, [y for points in curves.values() for _, y in points])
+    _readable_limits(axes, [y for points in curves.values() for _, y in points], direction)
     return svg(shape)
 
 
-def _readable_limits(axes: Axes, values: Sequence[float]) -> None:
-    """Leave out the first steps of training, which would press everything else into a line."""
+def _readable_limits(axes: Axes, values: Sequence[float], direction: Literal["max", "min"]) -> None:
+    """Leave out the first steps of training, which would press everything else into a line; never the best ones."""
     finite = np.asarray([v for v in values if np.isfinite(v)])
     if finite.size > 8:
-        low, high = np.percentile(finite, [10, 100])
-        span = max(float(high - low), 1e-3)
-        axes.set_ylim(float(low) - 0.15 * span, float(high) + 0.08 * span)
+        low, high = (float(v) for v in np.percentile(finite, [10, 100] if direction == "max" else [0, 90]))
+        span = max(high - low, 1e-3)
+        below, above = (0.15, 0.08) if direction == "max" else (0.08, 0.15)
+        axes.set_ylim(low - below * span, high + above * span)
 
 
 def importance(shares: Mapping[str, float]) -> str:
     """Bars, the most important parameter on top."""
     items = sorted(shares.items(), key=lambda item: item[1])
     shape, axes = figure(5.2, 0.5 + 0.32 * len(items))
-    axes.barh([name for name, _ in items], [value for _, value in items], color=ACCENT)
+    axes.barh([plain(name) for name, _ in items], [value for _, value in items], color=ACCENT)
     axes.set_xlabel("share of the objective's variation", fontsize=9)
     return svg(shape)
 
@@ -100,8 +108,9 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> str:
     for (row, column), count in np.ndenumerate(matrix):
         dark = share[row, column] > 0.55
         axes.text(column, row, str(count), ha="center", va="center", color="white" if dark else INK, fontsize=9)
-    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    names = [plain(name) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted", fontsize=9)
     axes.set_ylabel("true", fontsize=9)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -132,7 +141,7 @@ def _unit_square(
     for position, curve in enumerate(curves):
         colour = COLOURS[position % len(COLOURS)]
         keep = np.isfinite(curve.x) & np.isfinite(curve.y)
-        label = f"{curve.name} ({area} {curve.area:.3f})"
+        label = f"{plain(curve.name)} ({area} {curve.area:.3f})"
         axes.plot(curve.x[keep], curve.y[keep], color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_xlabel(x, fontsize=9)
@@ -150,10 +159,12 @@ def robustness(rows: Sequence[RobustnessRow], metric: str) -> str:
         points = [(row.severity, row.score) for row in rows if row.corruption == name]
         x = [0, *(severity for severity, _ in points)] if clean else [severity for severity, _ in points]
         y = [*clean[:1], *(score.value for _, score in points)]
-        axes.plot(x, y, color=COLOURS[position % len(COLOURS)], marker="o", markersize=4, label=name.replace("_", " "))
+        axes.plot(
+            x, y, color=COLOURS[position % len(COLOURS)], marker="o", markersize=4, label=plain(name.replace("_", " "))
+        )
     axes.set_xticks([0, 1, 2, 3], ["none", "mild", "moderate", "strong"])
     axes.set_xlabel("corruption", fontsize=9)
-    axes.set_ylabel(metric, fontsize=9)
+    axes.set_ylabel(plain(metric), fontsize=9)
     axes.legend(fontsize=8, frameon=False)
     return svg(shape)
 
@@ -169,6 +180,6 @@ def case_scores(values: Sequence[Any], classes: Sequence[str]) -> str:
         axes.scatter(position + jitter, column, s=12, color=COLOURS[position % len(COLOURS)], alpha=0.65, linewidths=0)
         if column.size:
             axes.plot([position - 0.25, position + 0.25], [np.median(column)] * 2, color=INK, linewidth=1.5)
-    axes.set_xticks(range(len(classes)), classes)
+    axes.set_xticks(range(len(classes)), [plain(name) for name in classes])
     axes.set_ylabel("Dice of each case (line: median)", fontsize=9)
     return svg(shape)

@@ -55,7 +55,7 @@ def _plots(data: ReportData) -> dict[str, Any]:
 
     found: dict[str, str] = {}
     if data.study.curves:
-        found["curves"] = plots.learning_curves(data.study.curves, data.study.objective)
+        found["curves"] = plots.learning_curves(data.study.curves, data.study.objective, data.study.direction)
     if data.study.importance:
         found["importance"] = plots.importance(data.study.importance)
     if data.robustness:
