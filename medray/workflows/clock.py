@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,10 +26,12 @@ class Clock:
         self._earlier = 0.0
         self.stages: dict[str, float] = {}
         self._saved = 0.0
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        # A file that was damaged costs the account of earlier sittings, not the study.
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             stored = json.loads(path.read_text(encoding="utf-8"))
-            self._earlier = max(0.0, float(stored["spent"]))
-            self.stages = {str(name): float(seconds) for name, seconds in stored["stages"].items()}
+            spent, stages = float(stored["spent"]), {str(k): float(v) for k, v in stored["stages"].items()}
+            if math.isfinite(spent):
+                self._earlier, self.stages = max(0.0, spent), stages
 
     @property
     def spent(self) -> float:
