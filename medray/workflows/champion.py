@@ -271,12 +271,15 @@ def _mean(parts: Sequence[Floats]) -> Floats:
 
 
 def _mean_logits(parts: Sequence[Floats], kind: TaskKind) -> Floats:
-    """Logits of the mean probability; as :class:`medray.bundle.ensemble.EnsembleModel` gives them."""
+    """Logits of the mean probability, as :class:`medray.bundle.ensemble.EnsembleModel` gives them; finite when sure."""
     if len(parts) == 1:
         return parts[0]
-    mean = np.mean([probabilities(part[None], kind)[0] for part in parts], axis=0)
-    mean = np.clip(mean, 1e-12, 1.0 - 1e-12)
-    return (np.log(mean) - np.log1p(-mean) if kind == "multilabel" else np.log(mean)).astype(np.float32)
+    logits = np.stack(parts).astype(np.float64)
+    if kind == "multilabel":
+        yes, no = -np.logaddexp(0.0, -logits), -np.logaddexp(0.0, logits)
+        return (np.logaddexp.reduce(yes, axis=0) - np.logaddexp.reduce(no, axis=0)).astype(np.float32)
+    shares = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    return (np.logaddexp.reduce(shares, axis=0) - math.log(len(parts))).astype(np.float32)
 
 
 def choose(scores: Mapping[str, Scores], first: str, direction: Direction) -> str:
