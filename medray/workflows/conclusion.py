@@ -86,21 +86,25 @@ class Concluded:
     metrics: dict[str, tuple[float, float, float]]
 
     def save(self, path: Path, *, seconds: float) -> None:
-        """``result.json``, for programs; its presence says that the study has ended."""
+        """``result.json``, for programs: null where there is no figure. Its presence says that the study has ended."""
         summary = {
             "champion": self.champion,
             "headline": self.headline,
             "measured_on": self.gain.measured_on,
             "cases": self.gain.cases,
             "metric": self.gain.metric,
-            "default": astuple(self.gain.default),
-            "difference": astuple(self.gain.difference),
-            "metrics": self.metrics,
+            "default": _numbers(astuple(self.gain.default)),
+            "difference": _numbers(astuple(self.gain.difference)),
+            "metrics": {name: _numbers(figures) for name, figures in self.metrics.items()},
             "seconds": seconds,
         }
         partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
         partial.replace(path)
+
+
+def _numbers(figures: tuple[float, ...]) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in figures]
 
 
 def conclude(asked: Conclusion) -> Concluded:
@@ -361,7 +365,12 @@ def _leaderboard(path: Path, asked: Conclusion) -> None:
     name, direction = asked.objective
     sign = -1.0 if direction == "max" else 1.0
     ended = {"completed": 0, "pruned": 1, "failed": 2, "running": 3}
-    rows = sorted(asked.records, key=lambda r: (ended[r.state], sign * r.metrics.get(name, float("nan"))))
+
+    def place(record: TrialRecord) -> tuple[int, float]:
+        value = record.metrics.get(name, np.nan)
+        return ended[record.state], sign * value if np.isfinite(value) else np.inf
+
+    rows = sorted(asked.records, key=place)
     keys = sorted({key for record in rows for key in record.params})
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
