@@ -1,0 +1,197 @@
+"""What a study decides without training: its folder, what a resume may change, the expected gain, its last files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from medray.config.schema import StudyConfig
+from medray.errors import ConfigError, StudyError
+from medray.report.data import Gain, Interval
+from medray.search.trial import TrialRecord
+from medray.workflows.conclusion import Concluded, _headline, _leaderboard
+from medray.workflows.study import Asked, _new, _resumed, _save_asked, expected_gain
+
+SPACE = """
+data: phantom://ct-lesions?cases=6&size=16
+study: {name: seg, budget: 2min, trials: 3, objectives: {val/dice: max}}
+optim: {weight_decay: 0.5}
+space:
+  optim.lr: {float: [1.0e-4, 1.0e-2], log: true}
+"""
+
+
+@pytest.fixture
+def space(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE, encoding="utf-8")
+    return path
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_study_never_touches_another_ones_folder(space, tmp_path):
+    runs = tmp_path / "runs"
+    folders = [_new(space, [], runs)[0] for _ in range(3)]
+    assert [folder.name for folder in folders] == ["seg", "seg-2", "seg-3"]
+    (runs / "empty").mkdir()
+    assert _new(space, ["study.name=empty"], runs)[0].name == "empty"
+
+
+def test_what_was_asked_for_is_kept(space, tmp_path):
+    folder, asked = _new(space, ["optim.lr=0.25", "study.trials=7"], tmp_path / "runs")
+    assert asked.source == "phantom://ct-lesions?cases=6&size=16"
+    assert asked.explicit["optim"] == {"weight_decay": 0.5, "lr": 0.25}
+    assert (asked.study.trials, asked.study.budget) == (7, 120.0)
+    assert asked.command == f"medray tune {space} optim.lr=0.25 study.trials=7"
+    assert _resumed(folder, []) == (folder, asked)
+
+
+def test_a_space_that_cannot_be_makes_no_folder(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE.replace("[1.0e-4, 1.0e-2]", "[1.0, 0.1]"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        _new(path, [], tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_study_may_get_more_trials_and_time_and_remembers_them(space, tmp_path):
+    folder, asked = _new(space, [], tmp_path / "runs")
+    _, changed = _resumed(folder, ["study.trials=9", "study.budget=1h"])
+    assert (changed.study.trials, changed.study.budget) == (9, 3600.0)
+    assert changed.study.model_copy(update={"trials": 3, "budget": 120.0}) == asked.study
+    assert (changed.explicit, changed.space, changed.command) == (asked.explicit, asked.space, asked.command)
+    assert _resumed(folder, [])[1] == changed
+    assert [p.name for p in folder.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=0.1", "data=elsewhere", "study.seed=1", "study.sampler=random", "study.objectives={val/dice: min}",
+     "+space.optim.momentum={float: [0.1, 0.9]}", "augment=heavy", "study.name=other"],
+)  # fmt: skip
+def test_a_resumed_study_may_change_nothing_else(space, tmp_path, override):
+    folder, _ = _new(space, [], tmp_path / "runs")
+    before = (folder / "study.yaml").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError):
+        _resumed(folder, ["study.trials=9", override])
+    assert (folder / "study.yaml").read_text(encoding="utf-8") == before
+
+
+def test_where_there_is_no_study_the_message_says_so(tmp_path):
+    with pytest.raises(StudyError, match=r"no study to resume.*study\.yaml"):
+        _resumed(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "[]", "12", "source: x", "{source: x, explicit: 3, study: {}, space: {}, command: c}",
+             "{source: x, explicit: {}, study: {budget: -1}, space: {}, command: c}",
+             "!!python/object/apply:os.system ['true']"],
+)  # fmt: skip
+def test_a_damaged_study_is_refused(tmp_path, text):
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(StudyError, match="damaged"):
+        _resumed(tmp_path, [])
+
+
+def test_a_study_is_written_with_any_text(tmp_path):
+    asked = Asked(source="données/肺: #1", explicit={"data": "x: y"}, study=StudyConfig(), space={}, command="m 'é'")
+    _save_asked(tmp_path, asked)
+    assert _resumed(tmp_path, [])[1] == asked
+
+
+# Expected gain -------------------------------------------------------------------------------------------------------
+
+
+def test_the_expected_gain_is_that_of_a_normal_fit():
+    """Against the integral of (x - best)+ under the fitted normal density, by a fine sum."""
+    values = [0.70, 0.74, 0.69, 0.78, 0.75]
+    mean, std = np.mean(values), np.std(values, ddof=1)
+    x = np.linspace(max(values), mean + 12 * std, 200_001)
+    density = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+    assert expected_gain(values, "max") == pytest.approx(np.trapezoid((x - max(values)) * density, x), rel=1e-4)
+
+
+def test_losses_gain_downwards():
+    values = [0.70, 0.74, 0.69, 0.78, 0.75]
+    assert expected_gain([-v for v in values], "min") == pytest.approx(expected_gain(values, "max"))
+
+
+def test_the_expected_gain_needs_values_and_falls_when_one_stands_out():
+    assert expected_gain([0.1, 0.2, 0.3], "max") is None
+    assert expected_gain([0.5] * 4, "max") == 0.0
+    assert 0 < expected_gain([0.7, 0.71, 0.72, 0.73, 0.95], "max") < expected_gain([0.7, 0.75, 0.8, 0.9, 0.95], "max")
+
+
+# The last files ------------------------------------------------------------------------------------------------------
+
+
+def gain(**changes):
+    nothing = Interval(value=math.nan)
+    fields = {"metric": "dice", "default": Interval(value=0.5, low=0.4, high=0.6), "champion": nothing,
+              "difference": nothing, "measured_on": "test", "cases": 2, "patients": 2}  # fmt: skip
+    return Gain(**(fields | changes))
+
+
+def test_the_result_is_json_that_any_program_reads(tmp_path):
+    result = Concluded(
+        champion="default", headline="h", gain=gain(), metrics={"dice": (0.5, 0.4, 0.6), "hd95": (math.nan,) * 3}
+    )
+    result.save(tmp_path / "result.json", seconds=12.0)
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert found["metrics"] == {"dice": [0.5, 0.4, 0.6], "hd95": [None] * 3}
+    assert found["default"] == [0.5, 0.4, 0.6] and found["difference"] == [None] * 3
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def record(number, state, **changes):
+    fields = {"number": number, "state": state, "params": {"optim.lr": 0.1}, "is_default": False, "in_space": True,
+              "metrics": {}, "values": None, "fraction": 1.0, "seconds": 1.0, "stopped": "", "history": (),
+              "extras": {}, "error": None, "directory": Path()}  # fmt: skip
+    return TrialRecord(**(fields | changes))
+
+
+@pytest.mark.parametrize(("direction", "first"), [("max", "2"), ("min", "1")])
+def test_the_leaderboards_first_row_is_the_best(tmp_path, direction, first):
+    records = (
+        record(0, "completed", metrics={"val/dice": math.nan}),
+        record(1, "completed", metrics={"val/dice": 0.2}),
+        record(4, "failed"),
+        record(2, "completed", metrics={"val/dice": 0.9}),
+        record(3, "pruned", metrics={"val/dice": 0.99}, params={"model.name": "unet"}),
+    )
+    path = tmp_path / "leaderboard.csv"
+    _leaderboard(path, SimpleNamespace(objective=("val/dice", direction), records=records))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    trials = [row["trial"] for row in rows]
+    assert trials[0] == first and trials[2:] == ["0", "3", "4"]
+    assert rows[3]["model.name"] == "unet" and rows[3]["optim.lr"] == ""
+
+
+def test_the_headline_says_what_was_measured_where():
+    won = gain(
+        champion=Interval(value=0.9, low=0.8, high=0.95), difference=Interval(value=0.05, low=-0.01, high=0.1),
+        cases=12,
+    )  # fmt: skip
+    text = _headline("trial-3", "dice", won)
+    assert text == (
+        "trial-3: dice 0.900 (95 % CI 0.800 to 0.950) on 12 test cases; "
+        "+0.050 (-0.010 to +0.100) over the plan's default"
+    )
+    assert "nothing better" in _headline("default", "dice", won)
+    assert "optimistic" in _headline("trial-3", "dice", gain(measured_on="validation"))
