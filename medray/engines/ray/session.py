@@ -26,6 +26,8 @@ _QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_THRESHOLD_S": "5",
 }
+# A local session's head lives and dies with the session: waiting a minute for it to come back is a minute lost.
+_LOCAL = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def ray_session(
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         # Workers inherit the environment of the processes started here: no runtime_env is needed, which costs seconds.
-        with _environment(_QUIET | numeric), _loopback_only():
+        with _environment(_QUIET | _LOCAL | numeric), _loopback_only():
             ray.init(
                 address="local",
                 num_cpus=cpus if cpus is not None else usable_cpus(),
