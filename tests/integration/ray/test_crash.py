@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.crash import Kill, torment
 from medray.config.schema import StudyConfig
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
@@ -109,3 +110,13 @@ def test_ctrl_c_leaves_a_study_that_can_be_resumed(tmp_path: Path) -> None:
         assert [record.state for record in driver.records()] == ["completed", "running"]
         task = driver.ask()
         assert task is not None and task.number == 1
+
+
+@pytest.mark.timeout(300)
+def test_the_command_line_loses_nothing_to_kills_of_driver_and_trial(tmp_path: Path) -> None:
+    # The driver dies with one trial finished and others in flight; in the resumed study a trial's process does.
+    kills = [Kill(victim="driver", after=0.0, finished=1), Kill(victim="trial", after=0.0, finished=1)]
+    account = torment(tmp_path, kills, trials=4, epochs=2)
+    assert account.kills == {"trial": 1, "driver": 1, "head": 0} and account.resumed == 1
+    losses = (account.lost, account.renumbered, account.failed, account.unusable)
+    assert losses == (0, 0, 0, 0), "\n".join(account.notes)
