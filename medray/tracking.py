@@ -169,7 +169,8 @@ class MlflowTracker:
             from mlflow.exceptions import MlflowException
         except ImportError:
             raise MissingDependencyError("mlflow", "Tracking with MLflow", "pip install mlflow") from None
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for chatty in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")

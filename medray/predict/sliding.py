@@ -87,6 +87,11 @@ def segment(
     return np.ascontiguousarray(blended[0].numpy()[inner])
 
 
+def load_libraries() -> None:
+    """Import what the first window would: a caller that times windows calls this before."""
+    import monai.inferers.utils  # noqa: F401
+
+
 def segment_labels(
     predictor: Callback,
     array: Floats,

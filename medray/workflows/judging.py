@@ -22,7 +22,7 @@ from medray.learn.metrics import (
     multilabel_metrics,
 )
 from medray.predict.predictor import Callback, Floats, probabilities
-from medray.predict.sliding import classify, segment
+from medray.predict.sliding import classify, load_libraries, segment
 from medray.predict.torch_runtime import TorchPredictor
 from medray.train.precision import resolve_precision
 
@@ -65,6 +65,7 @@ def make_validate(
 ) -> Validate:
     """A function of the model that fit() calls: ``val/...`` metrics over the validation cases."""
     if kind == "segmentation":
+        load_libraries()  # or fit() would take their import for the cost of a validation
 
         def validate_segmentation(model: nn.Module) -> dict[str, float]:
             predictor = predictor_of(model, experiment, device)

@@ -182,7 +182,21 @@ def _resumed(directory: Path, overrides: Sequence[str]) -> tuple[Path, Asked]:
         command=asked.command,
     )
     _save_asked(directory, asked)
+    _set_aside(directory)
     return directory, asked
+
+
+def _set_aside(directory: Path) -> None:
+    """Keep what an ended study came to under a number, so that it can go on with more time or trials."""
+    if not (directory / "result.json").exists():
+        return
+    number = 1
+    while (directory / f"result-{number}.json").exists():
+        number += 1
+    for stem, suffix in (("final", ""), ("report", ".html"), ("bundle", ""), ("result", ".json")):
+        path = directory / f"{stem}{suffix}"
+        if path.exists():
+            path.rename(directory / f"{stem}-{number}{suffix}")
 
 
 class _Study:
@@ -354,11 +368,18 @@ class _Study:
         with self.clock.stage("final fit"):
             while open_plans:
                 seconds = (self.clock.left - finish) * parallel / len(open_plans)
-                if seconds < SHORTEST:
-                    if len(open_plans) == len(plans):
-                        self._tell("note", "no time is left for a final fit: the trials' own networks stand")
-                        return self._as_searched(records, best)
+                if seconds < SHORTEST and len(open_plans) < len(plans):
                     break
+                if seconds < SHORTEST:
+                    searched = self._as_searched(records, best)
+                    if searched:
+                        self._tell("note", "no time is left for a final fit: the trials' own networks stand")
+                        return searched
+                    # A study that ends with nothing has wasted all of its time, not a little more.
+                    self._tell(
+                        "note", f"too short a budget for this machine: {SHORTEST:.0f} s more for one network"
+                    )
+                    seconds, open_plans = SHORTEST, open_plans[:1]
                 now, open_plans = open_plans[:parallel], open_plans[parallel:]
                 names = " and ".join(name for name, _ in now)
                 self._tell("stage", f"final fit of {names}: {seconds:.0f} s")
@@ -431,11 +452,6 @@ class _Study:
             trained = load_trained(self.recipe, Path(record.directory))
             if trained is not None:
                 found.append(("default" if record.is_default else f"trial-{record.number}", trained))
-        if not found:
-            raise StudyError(
-                f"the budget of {self.asked.study.budget:.0f} s was over before one network was trained. "
-                f"Give it more: medray tune --resume {self.directory} study.budget=..."
-            )
         return found
 
     def _best_record(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
