@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.common import ROOT, Figure
 
-DATA = ROOT.parent / "shared" / "data"
+QUICK = 40.0
+"""Seconds of a whole study in --quick."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +45,11 @@ class StudyRun:
         return Figure(value=value, low=low, high=high)
 
 
-def require(folder: str) -> Path:
-    """A folder of real data.
-
-    Raises:
-        SystemExit: it isn't there.
-    """
-    path = DATA / folder
-    if not path.is_dir():
-        raise SystemExit(f"{folder}: the real data are not on this machine; see benchmarks/README.md")
-    return path
+def work_folder(quick: bool) -> Path:
+    """Where studies of benchmarks lie; an ended one is read, not run again. ``MEDRAY_BENCH_RUNS`` moves it."""
+    folder = Path(os.environ.get("MEDRAY_BENCH_RUNS", ROOT / "runs")) / ("bench-quick" if quick else "bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
 
 
 def write_table(path: Path, rows: Iterable[dict[str, str]]) -> Path:

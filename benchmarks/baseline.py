@@ -16,8 +16,9 @@ from statistics import mean
 
 from benchmarks import drive as drive_benchmark
 from benchmarks import hippocampus as hippocampus_benchmark
-from benchmarks._studies import require, tune
-from benchmarks.common import Figure, Result, Target
+from benchmarks import medmnist as medmnist_benchmark
+from benchmarks._studies import work_folder
+from benchmarks.common import Figure, Result, Target, shared_data
 from benchmarks.medmnist import SETS
 
 SEEDS = 3
@@ -26,9 +27,7 @@ SEEDS = 3
 
 def run(quick: bool) -> Result:
     """Figures: medray's test metric, the baseline's beside it, and the relative error reduction."""
-    work = Path("runs") / ("bench-quick" if quick else "bench")
-    work.mkdir(parents=True, exist_ok=True)
-    work = work.resolve()
+    work = work_folder(quick)
     ours: dict[str, Figure] = {}
     plain: dict[str, Figure] = {}
     gains: dict[str, float] = {}
@@ -63,11 +62,9 @@ Pairs = dict[str, tuple[float, float]]
 def _hippocampus(work: Path, quick: bool) -> Pairs:
     from benchmarks import _plain
 
-    folder = require("msd_hippocampus")
-    limit, seconds = (10, 60) if quick else (None, 1200)
-    table = hippocampus_benchmark.cases(folder, work, limit=limit)
-    budget = "60s" if quick else "20min"
-    ours = tune("seg3d.yaml", work, "hippocampus", [f"data={table}", f"study.budget={budget}"])
+    folder, seconds = shared_data() / "msd_hippocampus", hippocampus_benchmark.SECONDS
+    limit = 10 if quick else None
+    ours = hippocampus_benchmark.study(work, quick)
 
     def plain(started: float) -> dict[str, float]:
         recipe = _plain.segmentation(3, 1, 3, batch=4)
@@ -81,10 +78,8 @@ def _hippocampus(work: Path, quick: bool) -> Pairs:
 def _drive(work: Path, quick: bool) -> Pairs:
     from benchmarks import _plain
 
-    folder = require("drive")
-    seconds = 60 if quick else 1200
-    table = drive_benchmark.cases(folder, work)
-    ours = tune("seg.yaml", work, "drive", [f"data={table}", f"study.budget={seconds}s"])
+    folder, seconds = shared_data() / "drive", drive_benchmark.SECONDS
+    ours = drive_benchmark.study(work, quick)
 
     def plain(started: float) -> dict[str, float]:
         recipe = _plain.segmentation(2, 3, 2, batch=2, flips=(0, 1))
@@ -96,16 +91,14 @@ def _drive(work: Path, quick: bool) -> Pairs:
 def _medmnist(work: Path, quick: bool) -> Pairs:
     from benchmarks import _plain
 
-    folder = require("medmnist")
-    seconds, seeds = (45, 1) if quick else (900, SEEDS)
+    folder, seconds, seeds = shared_data() / "medmnist", medmnist_benchmark.SECONDS, 1 if quick else SEEDS
     pairs: Pairs = {}
     for name in ["breastmnist"] if quick else SETS:
         archive = folder / f"{name}.npz"
         our: dict[str, list[float]] = {"auc": [], "accuracy": []}
         their: dict[str, list[float]] = {"auc": [], "accuracy": []}
         for seed in range(seeds):
-            words = [f"data={archive}", f"study.budget={seconds}s", f"study.seed={seed}", f"seed={seed}"]
-            study = tune("cls.yaml", work, f"{name}-{seed}", words)
+            study = medmnist_benchmark.study(work, quick, name, seed)
 
             def plain(started: float, archive: Path = archive, seed: int = seed) -> dict[str, float]:
                 parts = _plain.medmnist(archive)
@@ -122,7 +115,7 @@ def _medmnist(work: Path, quick: bool) -> Pairs:
 
 
 def _time(seconds: float, quick: bool) -> float:
-    return 12.0 if quick else seconds
+    return 6.0 if quick else seconds
 
 
 def _once(work: Path, name: str, train: Callable[[float], dict[str, float]]) -> dict[str, float]:

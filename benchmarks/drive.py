@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._studies import require, tune, write_table
-from benchmarks.common import Figure, Result, Target
+from benchmarks._studies import QUICK, StudyRun, tune, work_folder, write_table
+from benchmarks.common import Figure, Result, Target, shared_data
+
+SECONDS = 1200.0
 
 
 def cases(folder: Path, work: Path) -> Path:
@@ -48,15 +50,15 @@ def second_observer(folder: Path) -> Figure:
     return Figure(value=float(np.mean(values)))
 
 
+def study(work: Path, quick: bool) -> StudyRun:
+    """The main job on it."""
+    table = cases(shared_data() / "drive", work)
+    return tune("seg.yaml", work, "drive", [f"data={table}", f"study.budget={QUICK if quick else SECONDS}s"])
+
+
 def run(quick: bool) -> Result:
     """Figures: Dice on the 20 test images, gain over trial 0, wall clock."""
-    folder = require("drive")
-    work = Path("runs") / ("bench-quick" if quick else "bench")
-    work.mkdir(parents=True, exist_ok=True)
-    work = work.resolve()
-    table = cases(folder, work)
-    seconds = 60 if quick else 1200
-    ours = tune("seg.yaml", work, "drive", [f"data={table}", f"study.budget={seconds}s"])
+    ours, seconds = study(work_folder(quick), quick), QUICK if quick else SECONDS
     figures = {
         "dice_test": ours.metric("dice"),
         "gain_over_default": ours.gain,
@@ -68,6 +70,6 @@ def run(quick: bool) -> Result:
     return Result(
         figures=figures,
         targets=targets,
-        peers={"second observer": {"dice_test": second_observer(folder)}},
+        peers={"second observer": {"dice_test": second_observer(shared_data() / "drive")}},
         notes=["U-Net in the literature: .825.", f"Champion: {ours.result['champion']}."],
     )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks._studies import StudyRun, require, tune, write_table
-from benchmarks.common import Figure, Result, Target
+from benchmarks._studies import QUICK, StudyRun, tune, work_folder, write_table
+from benchmarks.common import Figure, Result, Target, shared_data
+
+SECONDS = 1200.0
 
 
 def cases(folder: Path, work: Path, *, limit: int | None = None) -> Path:
@@ -25,18 +27,20 @@ def cases(folder: Path, work: Path, *, limit: int | None = None) -> Path:
     return write_table(work / "hippocampus.csv", rows)
 
 
+def study(work: Path, quick: bool, *, alone: bool = False) -> StudyRun:
+    """The main job on it; ``alone`` gives trial 0 the whole budget, without a search."""
+    table = cases(shared_data() / "msd_hippocampus", work, limit=10 if quick else None)
+    words = [f"data={table}", f"study.budget={QUICK if quick else SECONDS}s"]
+    if alone:
+        return tune("seg3d.yaml", work, "hippocampus-default", [*words, "study.trials=1"])
+    return tune("seg3d.yaml", work, "hippocampus", words)
+
+
 def run(quick: bool) -> Result:
     """Figures: mean Dice on the test volumes, gain over trial 0, wall clock."""
-    folder = require("msd_hippocampus")
-    work = Path("runs") / ("bench-quick" if quick else "bench")
-    work.mkdir(parents=True, exist_ok=True)
-    work = work.resolve()
-    table = cases(folder, work, limit=10 if quick else None)
-    budget = "60s" if quick else "20min"
-    common = [f"data={table}", f"study.budget={budget}"]
-    ours = tune("seg3d.yaml", work, "hippocampus", common)
-    alone = tune("seg3d.yaml", work, "hippocampus-default", [*common, "study.trials=1"])
-    figures = _figures(ours, budget_seconds=60 if quick else 1200)
+    work, seconds = work_folder(quick), QUICK if quick else SECONDS
+    ours, alone = study(work, quick), study(work, quick, alone=True)
+    figures = _figures(ours, seconds)
     targets = (
         {}
         if quick
@@ -49,7 +53,7 @@ def run(quick: bool) -> Result:
     return Result(
         figures=figures,
         targets=targets,
-        peers={"trial 0 alone, whole budget": _figures(alone, 60 if quick else 1200)},
+        peers={"trial 0 alone, whole budget": _figures(alone, seconds)},
         notes=notes,
     )
 

@@ -9,33 +9,31 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks._studies import require, tune
-from benchmarks.common import Figure, Result, Target
+from benchmarks._studies import QUICK, StudyRun, tune, work_folder
+from benchmarks.common import Figure, Result, Target, shared_data
+
+SECONDS = 900.0
+SEEDS = 5
 
 SETS = {"pneumoniamnist": (0.980, 0.92), "breastmnist": (0.91, 0.88)}
 T_FOUR = 2.776
 """Student's t, 4 degrees of freedom, two-sided 95 %."""
 
 
+def study(work: Path, quick: bool, name: str, seed: int) -> StudyRun:
+    """The main job on one set, with one seed."""
+    archive = shared_data() / "medmnist" / f"{name}.npz"
+    budget = f"study.budget={QUICK if quick else SECONDS}s"
+    return tune("cls.yaml", work, f"{name}-{seed}", [f"data={archive}", budget, f"study.seed={seed}", f"seed={seed}"])
+
+
 def run(quick: bool) -> Result:
     """Figures: AUC and accuracy, mean of the seeds with the interval of that mean; gain over trial 0."""
-    folder = require("medmnist")
-    work = Path("runs") / ("bench-quick" if quick else "bench")
-    work.mkdir(parents=True, exist_ok=True)
-    work = work.resolve()
-    seconds, seeds = (45, 1) if quick else (900, 5)
+    work, seconds, seeds = work_folder(quick), QUICK if quick else SECONDS, 1 if quick else SEEDS
     figures: dict[str, Figure] = {}
     targets: dict[str, Target] = {}
     for name, (auc, accuracy) in SETS.items():
-        runs = [
-            tune(
-                "cls.yaml",
-                work,
-                f"{name}-{seed}",
-                [f"data={folder / name}.npz", f"study.budget={seconds}s", f"study.seed={seed}", f"seed={seed}"],
-            )
-            for seed in range(seeds)
-        ]
+        runs = [study(work, quick, name, seed) for seed in range(seeds)]
         for metric, target in (("auc", auc), ("accuracy", accuracy)):
             figures[f"{name}_{metric}"] = _mean([run.metric(metric).value for run in runs])
             if not quick:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,16 @@ from benchmarks.common import Result, names
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Studies that several benchmarks read are run once, in a folder of this session."""
+    return {**os.environ, "MEDRAY_BENCH_RUNS": str(tmp_path_factory.mktemp("runs"))}
+
+
 @pytest.mark.parametrize("name", names())
-def test_quick(name: str, tmp_path: Path) -> None:
+def test_quick(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, env=environment)
     if done.returncode != 0 and "the real data are not there" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
