@@ -207,7 +207,7 @@ class StudyConfig(Section):
     )
     sampler: Literal["auto", "tpe", "random", "cmaes", "nsga2"] = "auto"
     pruner: Literal["asha", "median", "none"] = "asha"
-    search_share: Fraction = Field(0.4, description="share of the budget for the search; the rest fits the champion")
+    search_share: Fraction = Field(0.3, description="share of the budget for the search; the rest fits the champion")
     concurrency: int | None = Field(None, ge=1, description="trials at once; null: what the machine has")
     workers_per_trial: int = Field(1, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)

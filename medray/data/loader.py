@@ -23,6 +23,7 @@ from medray.config.schema import Experiment
 from medray.data.augment import Augment
 from medray.data.cache import PreparedStore
 from medray.data.manifest import IGNORE, TaskKind
+from medray.data.preprocess import OUTSIDE
 from medray.errors import ConfigError, DataError
 
 __all__ = ["Batch", "TrainLoader", "train_loader"]
@@ -222,7 +223,7 @@ class _Batches(Dataset[Batch]):
         drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
         rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
-        images = torch.zeros(len(drawn), self.store.channels, *self.field)
+        images = torch.full((len(drawn), self.store.channels, *self.field), OUTSIDE)
         masks = torch.full((len(drawn), *self.field), float(IGNORE)) if self.kind == "segmentation" else None
         for row, position in enumerate(drawn):
             mask = None if masks is None else masks[row].numpy()

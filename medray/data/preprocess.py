@@ -33,6 +33,11 @@ _BACKGROUND_SHARE = 0.1  # a minimum that fills this share of a channel is backg
 _MAX_VOXELS = 2**31  # of one prepared channel (8 GB): beyond it, a spacing is a mistake
 
 
+OUTSIDE = 0.0
+"""What a network sees beyond the image, in training and in use alike: the mean of a normalised one. A network that was
+trained on one padding and is run on another segments too much (seen: Dice .71 for .87)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """How a prepared array lies in the image that it came from.

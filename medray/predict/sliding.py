@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from medray.data.preprocess import OUTSIDE
 from medray.errors import ModelError
 from medray.predict.predictor import Callback, Floats, softmax
 
@@ -166,7 +167,7 @@ def _check(array: Floats, patch_size: Sequence[int] | None, overlap: float, flip
 
 
 def _pad(array: Floats, size: Sequence[int]) -> tuple[Floats, tuple[slice, ...]]:
-    """Pad (C, *s) at both ends alike to ``size`` by repeating the border, as training patches are; the slices undo it.
+    """Pad (C, *s) at both ends alike to ``size`` with what training patches have outside; the slices undo it.
 
     The result is the caller's own, writable array.
     """
@@ -175,7 +176,7 @@ def _pad(array: Floats, size: Sequence[int]) -> tuple[Floats, tuple[slice, ...]]
         before = (want - have) // 2
         widths.append((before, want - have - before))
         inner.append(slice(before, before + have))
-    return np.pad(np.asarray(array, dtype=np.float32), widths, mode="edge"), tuple(inner)
+    return np.pad(np.asarray(array, dtype=np.float32), widths, constant_values=OUTSIDE), tuple(inner)
 
 
 def _slabs(size: int, patch: int, overlap: float, most: int) -> Iterator[tuple[slice, slice, slice]]:

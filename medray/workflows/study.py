@@ -376,9 +376,7 @@ class _Study:
                         self._tell("note", "no time is left for a final fit: the trials' own networks stand")
                         return searched
                     # A study that ends with nothing has wasted all of its time, not a little more.
-                    self._tell(
-                        "note", f"too short a budget for this machine: {SHORTEST:.0f} s more for one network"
-                    )
+                    self._tell("note", f"too short a budget for this machine: {SHORTEST:.0f} s more for one network")
                     seconds, open_plans = SHORTEST, open_plans[:1]
                 now, open_plans = open_plans[:parallel], open_plans[parallel:]
                 names = " and ".join(name for name, _ in now)

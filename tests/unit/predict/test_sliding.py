@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from medray.data.preprocess import OUTSIDE
 from medray.errors import ModelError
 from medray.predict import sliding
 from medray.predict.predictor import softmax
@@ -40,7 +41,7 @@ def test_a_whole_image_is_padded_to_the_divisor_and_cut_back():
     np.testing.assert_allclose(found, softmax(pointwise(array[None]))[0], atol=1e-6)
 
 
-def test_padding_repeats_the_border_as_training_does():
+def test_padding_is_what_training_has_outside():
     seen = []
 
     def network(batch):
@@ -49,7 +50,9 @@ def test_padding_repeats_the_border_as_training_does():
 
     array = np.full((1, 4, 4), 3.0, dtype=np.float32)
     segment(network, array, patch_size=(8, 8))
-    assert (seen[0] == 3.0).all()
+    inside = np.zeros((8, 8), dtype=bool)
+    inside[2:6, 2:6] = True
+    assert (seen[0][0, 0][inside] == 3.0).all() and (seen[0][0, 0][~inside] == OUTSIDE).all()
 
 
 def test_mirror_averaging_undoes_each_mirror():
