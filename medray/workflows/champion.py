@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from medray.predict.postprocess import keep_largest
 from medray.predict.predictor import Floats, probabilities
 from medray.predict.sliding import classify
 from medray.train.precision import resolve_device
-from medray.workflows.judging import Direction, all_metrics, measure, predictor_of, segment_prepared
+from medray.workflows.judging import Direction, all_metrics, measure, predictor_of, segment_prepared, spread
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import Network, Trained, new_model, outputs
 
@@ -345,11 +345,3 @@ def divisor_of(candidate: Candidate, ndim: int) -> int:
     """The multiple that each axis of a whole image must have."""
     found = [lookup(m.experiment.model.name).divisor(m.experiment.model, ndim) for m in candidate.members]
     return int(np.lcm.reduce(found))
-
-
-def spread(indices: Iterable[int], count: int) -> list[int]:
-    """At most ``count`` of the indices, evenly spread."""
-    chosen = list(indices)
-    if len(chosen) <= count:
-        return chosen
-    return [chosen[i] for i in np.linspace(0, len(chosen) - 1, count).round().astype(int)]

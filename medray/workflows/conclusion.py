@@ -43,7 +43,7 @@ from medray.search.trial import TrialRecord
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.clock import Clock
-from medray.workflows.judging import Direction
+from medray.workflows.judging import Direction, spread
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
@@ -251,7 +251,7 @@ def _robustness(
     levels = (1, 2, 3) if 4 * per_case * (3 * len(CORRUPTIONS) + 1) <= allowed else (2,)
     affordable = int(allowed / max(per_case, 1e-4) / (len(levels) * len(CORRUPTIONS) + 1))
     few, many = (4, 16) if asked.recipe.manifest.task == "segmentation" else (30, 200)
-    chosen = choosing.spread(indices, min(many, max(few, affordable)))
+    chosen = spread(indices, min(many, max(few, affordable)))
     rows = []
     plan: list[tuple[str, int, Any]] = [("none", 0, None)]
     plan += [(name, level, _corruption(name, level)) for name in CORRUPTIONS for level in levels]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,9 @@ from medray.train.precision import resolve_precision
 Direction = Literal["max", "min"]
 Validate = Callable[[nn.Module], dict[str, float]]
 
+GLANCE = 16
+"""Cases that a validation segments while training goes on."""
+
 OBJECTIVE: dict[TaskKind, tuple[str, Direction]] = {
     "segmentation": ("val/dice", "max"),
     "classification": ("val/auc", "max"),
@@ -54,6 +57,14 @@ def segment_prepared(predictor: Callback, array: Any, experiment: Experiment) ->
     )
 
 
+def spread(indices: Iterable[int], count: int) -> list[int]:
+    """At most ``count`` of the indices, evenly spread."""
+    chosen = list(indices)
+    if len(chosen) <= count:
+        return chosen
+    return [chosen[i] for i in np.linspace(0, len(chosen) - 1, count).round().astype(int)]
+
+
 def make_validate(
     store: PreparedStore,
     indices: Sequence[int],
@@ -63,8 +74,13 @@ def make_validate(
     num_classes: int,
     device: torch.device,
 ) -> Validate:
-    """A function of the model that fit() calls: ``val/...`` metrics over the validation cases."""
+    """A function of the model that fit() calls: ``val/...`` metrics over the validation cases.
+
+    Of many cases to segment only some are looked at while training goes on: a validation that took a tenth of a short
+    trial could not be repeated often enough to stop it early. The choice of the champion looks at all.
+    """
     if kind == "segmentation":
+        indices = spread(indices, GLANCE)
         load_libraries()  # or fit() would take their import for the cost of a validation
 
         def validate_segmentation(model: nn.Module) -> dict[str, float]:

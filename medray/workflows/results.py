@@ -29,7 +29,8 @@ from medray.report.data import (
     SegmentationCase,
     SegmentationResults,
 )
-from medray.workflows.champion import Candidate, Scores, labels_of, spread
+from medray.workflows.champion import Candidate, Scores, labels_of
+from medray.workflows.judging import spread
 from medray.workflows.pictures import beside, show
 from medray.workflows.recipe import Recipe
 

@@ -15,9 +15,9 @@ from medray.data.manifest import IGNORE
 from medray.data.readers import read_case
 from medray.train.progress import FitResult
 from medray.workflows import champion as choosing
-from medray.workflows.champion import Candidate, Scores, candidates_of, choose, difference, score, spread
+from medray.workflows.champion import Candidate, Scores, candidates_of, choose, difference, score
 from medray.workflows.conclusion import _sites
-from medray.workflows.judging import make_validate, measure, predictor_of
+from medray.workflows.judging import make_validate, measure, predictor_of, spread
 from medray.workflows.planning import prepare_directory
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
