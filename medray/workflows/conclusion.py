@@ -131,7 +131,7 @@ def conclude(asked: Conclusion) -> Concluded:
     best, base = measured[champion.name], measured[default.name]
     gain = _gain(metric, best, base, measured_on="test" if splits.test else "validation")
     metrics = best.intervals()
-    headline = _headline(champion.name, metric, gain)
+    headline = _headline(champion.name, metric, gain, rivals=len(candidates) > 1 or len(asked.records) > 1)
     bundle_seconds = _write_bundle(asked, champion, temperature, on_validation[winner], metrics)
     robustness = _robustness(asked, champion, splits.test or splits.val, metric, case_seconds)
     classification = segmentation = None
@@ -180,10 +180,12 @@ def _gain(metric: str, best: Scores, base: Scores, *, measured_on: Any) -> Gain:
     )
 
 
-def _headline(name: str, metric: str, gain: Gain) -> str:
+def _headline(name: str, metric: str, gain: Gain, *, rivals: bool = True) -> str:
     got, more = gain.champion, gain.difference
     where = "test" if not gain.optimistic else "validation (optimistic: these cases chose the champion)"
     text = f"{name}: {metric} {got.value:.3f} (95 % CI {got.low:.3f} to {got.high:.3f}) on {gain.cases} {where} cases"
+    if not rivals:  # nothing was searched, so nothing may be said of a search
+        return f"{text}; the plan's own default, no other trial was run"
     if name == "default":
         return f"{text}; the search found nothing better than the plan's own default"
     return f"{text}; {more.value:+.3f} ({more.low:+.3f} to {more.high:+.3f}) over the plan's default"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from medray.config.schema import Experiment
+from medray.config.schema import Experiment, SplitConfig
 from medray.data.checks import check, require_sound
 from medray.data.fingerprint import Fingerprint, measure
 from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
+from medray.data.splits import make_splits
 from medray.plan.machine import Machine
 from medray.workflows.recipe import Recipe
 
@@ -21,7 +23,12 @@ Progress = Callable[[int, int, str], None]
 
 
 def prepare_directory(
-    source: str, directory: Path, *, task: str = "auto", progress: Progress | None = None
+    source: str,
+    directory: Path,
+    *,
+    task: str = "auto",
+    split: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Manifest, Fingerprint]:
     """Check the data and measure them; ``manifest.json`` and ``fingerprint.json`` are written to ``directory``.
 
@@ -32,7 +39,11 @@ def prepare_directory(
     manifest = check(build_manifest(source, task=task), progress=progress)
     manifest.save(directory / "manifest.json")
     require_sound(manifest, strict=False)
-    fingerprint = measure(manifest, progress=progress)
+    # Test cases that are drawn rather than given must not shape the plan either.
+    config = SplitConfig.model_validate(dict(split or {}))
+    held_back = set(make_splits(manifest, config, config.seed).test)
+    cases = tuple(case for index, case in enumerate(manifest.cases) if index not in held_back)
+    fingerprint = measure(manifest.model_copy(update={"cases": cases}), progress=progress)
     fingerprint.save(directory / "fingerprint.json")
     return manifest, fingerprint
 

@@ -275,7 +275,9 @@ class _Study:
             if not (self.directory / "fingerprint.json").exists():
                 self._tell("stage", f"checking {self.asked.source}")
                 task = str((self.asked.explicit.get("task") or {}).get("kind", "auto"))
-                manifest, _ = prepare_directory(self.asked.source, self.directory, task=task)
+                manifest, _ = prepare_directory(
+                    self.asked.source, self.directory, task=task, split=self.asked.explicit.get("split")
+                )
                 for finding in manifest.findings[:5]:
                     self._tell("note", f"{finding.severity}: {finding.message}. {finding.fix}")
             cache = self.directory.parent / ".cache"

@@ -236,7 +236,7 @@ def train_experiment(
     notify = observer or (lambda _: None)
     if not (out / "fingerprint.json").exists():
         notify(StudyEvent(kind="stage", text=f"checking {source}"))
-        prepare_directory(source, out, task=task)
+        prepare_directory(source, out, task=task, split=composed.explicit.get("split"))
     recipe = Recipe(directory=str(out), explicit=composed.explicit, cache=str(default_cache()))
     experiment = recipe.experiment()
 
