@@ -115,7 +115,7 @@ def _medmnist(work: Path, quick: bool) -> Pairs:
 
 
 def _time(seconds: float, quick: bool) -> float:
-    return 6.0 if quick else seconds
+    return 3.0 if quick else seconds
 
 
 def _once(work: Path, name: str, train: Callable[[float], dict[str, float]]) -> dict[str, float]:

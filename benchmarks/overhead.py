@@ -60,7 +60,7 @@ def run(quick: bool) -> Result:
     """Figures: wall clock over the bare loop's, one at a time; throughput over two bare processes', two at a time."""
     cores = len(os.sched_getaffinity(0))
     setting = (
-        Setting(source="phantom://mr-lesions?cases=12&size=32", trials=2, seconds=5.0)
+        Setting(source="phantom://mr-lesions?cases=12&size=32", trials=2, seconds=2.0)
         if quick
         else Setting(source="phantom://mr-lesions?cases=32&size=40", trials=8, seconds=60.0)
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.common import Figure, Result, Target
 
-WIDTH, DEPTH, CLASSES = 24, 4, 3
+WIDTH, DEPTH, CLASSES = 16, 4, 3
 PATCH, BATCH = (40, 56, 40), 2
 CONTENDERS = ("medray", "PyTorch fp32", "MONAI DynUNet fp32")
 

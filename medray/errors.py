@@ -86,7 +86,13 @@ class NonFiniteLossError(TrainingError):
 
 
 class OutOfMemoryError(TrainingError):
-    """The model does not fit, even with a micro-batch of one."""
+    """The model does not fit.
+
+    Attributes:
+        micro_batch: samples at once that may fit; None where not even one does.
+    """
+
+    micro_batch: int | None = None
 
 
 class StudyError(MedrayError):

@@ -23,10 +23,13 @@ def train(
         Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME-train]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in --out stopped.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="host:port of a Ray cluster to train on, with train.workers=N")
+    ] = None,
 ) -> None:
     """Train one experiment; what it doesn't say is planned for the data and this machine.
 
-    Example: medray train data=scans/ model.name=segresnet train.budget=20min
+    Example: medray train data=scans/ model.name=segresnet train.budget=20min train.workers=4
     """
     path, overrides = split_arguments(arguments or [])
     from medray.workflows.training import train_experiment
@@ -34,7 +37,7 @@ def train(
     if out is None:
         out = _default_out(path, overrides)
     with LiveView(f"training in {out}") as view:
-        result = train_experiment(path, overrides, out=out, resume=resume, observer=view)
+        result = train_experiment(path, overrides, out=out, resume=resume, address=address, observer=view)
     say(result.headline)
     say(f"run: {result.directory}")
 

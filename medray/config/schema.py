@@ -170,6 +170,21 @@ class TrainConfig(Section):
     balanced: bool = Field(False, description="draw classes equally often (classification)")
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 for none (classification)")
     deterministic: bool = False
+    workers: int = Field(1, ge=1, le=1024, description="processes that train together; each takes a part of a batch")
+    min_workers: int | None = Field(
+        None, ge=1, description="with how many to go on where a machine is gone for good; null: with all of them only"
+    )
+    sync_batchnorm: bool = Field(True, description="batch-norm over the whole batch where several processes train")
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> TrainConfig:
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"train.workers={self.workers} must be at most train.batch_size={self.batch_size}: each needs a sample"
+            )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"train.min_workers={self.min_workers} must be at most train.workers={self.workers}")
+        return self
 
 
 class InferenceConfig(Section):
@@ -209,6 +224,6 @@ class StudyConfig(Section):
     pruner: Literal["asha", "median", "none"] = "asha"
     search_share: Fraction = Field(0.3, description="share of the budget for the search; the rest fits the champion")
     concurrency: int | None = Field(None, ge=1, description="trials at once; null: what the machine has")
-    workers_per_trial: int = Field(1, ge=1)
+    workers_per_trial: int = Field(1, ge=1, le=1024, description="processes that train each trial together")
     seed: int = Field(0, ge=0, lt=2**31)
     ensemble: bool = Field(True, description="let an ensemble win where it is better on validation")

@@ -4,8 +4,8 @@ Shapes: logits (B, K) or (B, K, *spatial); a list of them, full resolution first
 Targets: segmentation (B, *spatial) int64; classification (B,) int64, or (B, K) float probabilities (mixup); multilabel
     (B, K) float.
 
-All are computed in float32, whatever autocast says. Where the target is ``ignore_index``, neither value nor gradient
-arises.
+All are computed in float32 (float64 where the logits are), whatever autocast says. Where the target is
+``ignore_index``, neither value nor gradient arises.
 
 A loss is *separable* if the value of a batch is the sum of the values of its parts, each given the target of the whole
 batch: ``loss(x, t) == sum(loss(x_i, t_i, whole=t))``. All are but Dice and Tversky over the batch, whose ratio is
@@ -14,7 +14,7 @@ batch: ``loss(x, t) == sum(loss(x_i, t_i, whole=t))``. All are but Dice and Tver
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -103,7 +103,7 @@ class Loss(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, whole: Tensor | None = None) -> Tensor:
-        """The loss, a float32 scalar.
+        """The loss, a scalar.
 
         Args:
             logits: see the head of this file.
@@ -112,18 +112,19 @@ class Loss(nn.Module):
         """
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
         whole = target if whole is None else whole
-        total = levels[0].new_zeros((), dtype=torch.float32)
+        precise = torch.promote_types(levels[0].dtype, torch.float32)
+        total = levels[0].new_zeros((), dtype=precise)
         scale = sum(0.5**level for level in range(len(levels)))
         with torch.autocast(levels[0].device.type, enabled=False):
             for level, values in enumerate(levels):
                 part, all_of_it = target, whole
                 if level:
                     part, all_of_it = nearest(target, values.shape[2:]), nearest(whole, values.shape[2:])
-                total = total + (0.5**level / scale) * self.term(values.float(), part, all_of_it)
+                total = total + (0.5**level / scale) * self.term(values.to(precise), part, all_of_it)
         return total
 
     def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
-        """The loss of one level: float32 logits (B, K, *spatial) and their target."""
+        """The loss of one level: logits (B, K, *spatial) in full precision, and their target."""
         raise NotImplementedError
 
     def known(self, target: Tensor) -> Tensor:
@@ -227,7 +228,15 @@ class Overlap(Loss):
 
     Index = TP / (TP + alpha FP + beta FN), sums over the batch's voxels (``over_batch``: steadier where a class is
     rare) or over each sample's; mean over classes. A sum of the batch makes the loss inseparable.
+
+    Attributes:
+        total: adds to this process's sums of the batch those of the others that hold parts of it, differentiably;
+            None where one process has all of it.
+        parts: processes that share the batch; each gives its part of the loss, which is their sum.
     """
+
+    total: Callable[[Tensor], Tensor] | None = None
+    parts: int = 1
 
     def __init__(
         self,
@@ -254,7 +263,10 @@ class Overlap(Loss):
             truth = truth * known.unsqueeze(1)
             p = p * known.unsqueeze(1)
         axes = (0, *range(2, p.ndim)) if self.over_batch else tuple(range(2, p.ndim))
-        hit, guessed, there = (p * truth).sum(axes), p.sum(axes), truth.sum(axes)
+        sums = torch.stack([(p * truth).sum(axes), p.sum(axes), truth.sum(axes)])
+        if self.over_batch and self.total is not None:
+            sums = self.total(sums)
+        hit, guessed, there = sums.unbind()
         wrong = self.alpha * (guessed - hit) + self.beta * (there - hit)
         index = (hit + SMOOTH) / (hit + wrong + SMOOTH)
         if self.weights is None:
@@ -262,7 +274,7 @@ class Overlap(Loss):
         else:
             share = self.weights[1:]
             miss = ((1 - index) * share).sum(-1) / share.sum()
-        return miss if self.over_batch else miss.sum() / whole.shape[0]
+        return miss / self.parts if self.over_batch else miss.sum() / whole.shape[0]
 
 
 class Sum(Loss):

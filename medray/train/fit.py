@@ -146,7 +146,8 @@ class _Run:
         memory.reset_peak(runtime.device)
         precision = resolve_precision(train.precision, runtime.device)
         channels_last = lay_out(model, runtime.device, precision)
-        seed_everything(experiment.seed)
+        # Random draws within the network (dropout) differ from process to process, and are the same from run to run.
+        seed_everything(experiment.seed + runtime.lane)
         wrapped, self.optimizer, batches = runtime.prepare(
             model, lambda module: build_optimizer(module, experiment.optim), train_loader
         )
@@ -158,6 +159,7 @@ class _Run:
             runtime=runtime,
             precision=precision,
             micro_batch=train.micro_batch,
+            largest=None if runtime.is_alone else runtime.from_main(len(runtime.share(range(train.batch_size)))),
             clip_norm=experiment.optim.clip_norm,
             channels_last=channels_last,
         )
@@ -213,8 +215,16 @@ class _Run:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self.pace.ticked(now - self.ticked_at, self.step, self.elapsed)
+        seconds, elapsed = now - self.ticked_at, self.elapsed
+        if not self.pace.fixed:  # what is timed now decides the plan of steps, which has to be the same everywhere
+            seconds, elapsed = self._mean(seconds, elapsed)
+        self.pace.ticked(seconds, self.step, elapsed)
         self.ticked_at = now
+
+    def _mean(self, *values: float) -> tuple[float, ...]:
+        """Of all processes that train together."""
+        ones, *sums = self.runtime.reduce({"values": [1.0, *values]})["values"]
+        return tuple(float(value / ones) for value in sums)
 
     @property
     def elapsed(self) -> float:
@@ -270,7 +280,8 @@ class _Run:
         return self.runtime.agree(time.monotonic() + reserve > self.deadline)
 
     def _revise(self) -> None:
-        self.pace.revise(self.runtime.reduce(self.pace.times()), self.step, self.elapsed)
+        rate, validation, elapsed = self._mean(*self.pace.times(), self.elapsed)
+        self.pace.revise(rate, validation, self.step, elapsed)
 
     # -- validation
     # -----------------------------------------------------------------------------------------------------------
@@ -286,7 +297,8 @@ class _Run:
         if gained:
             self.best = {"metrics": metrics, "epoch": self.epoch, "weights": self._weights()}
         self.schedule.observe(value)
-        mean_loss = self.losses[0] / self.losses[1] if self.losses[1] else math.nan
+        (total,) = self._mean(self.losses[0])
+        mean_loss = total / self.losses[1] if self.losses[1] else math.nan
         self.losses = (0.0, 0)
         progress = Progress(
             epoch=self.epoch,
@@ -322,6 +334,7 @@ class _Run:
         self.ticked_at = time.monotonic()
 
     def _measure(self) -> dict[str, float]:
+        self.runtime.align(self.model)
         with preserved_rng(), torch.no_grad(), self.ema.applied(self.model) if self.ema else nullcontext():
             self.model.eval()
             try:
@@ -392,7 +405,10 @@ class _Run:
         self.save_seconds = self.saved_at - began
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.path) if self.path else None
+        if self.path is None:
+            return
+        # The others may lie on machines that don't see the main one's disk.
+        state = self.runtime.from_main(checkpoint.load(self.path) if self.runtime.is_main else None)
         if state is None:
             return
         if state["experiment"] != _digest(self.experiment) or state["objective"] != list(self.objective):
@@ -413,7 +429,10 @@ class _Run:
         if self.pace.budget is not None and self.deadline is not None:
             left = self.deadline - self.started
             self.pace.budget = min(self.experiment.train.budget or math.inf, self.earlier + max(left, 1e-3))
-        set_rng(state["rng"])
+        if self.runtime.is_main:
+            set_rng(state["rng"])
+        else:
+            seed_everything(hash((self.experiment.seed, self.runtime.lane, self.step)) % 2**31)
 
     def _result(self) -> FitResult:
         return FitResult(
@@ -443,6 +462,7 @@ def _length(batches: Iterable[Any]) -> int:
 
 
 def _digest(experiment: Experiment) -> str:
-    """Of what decides a run; where it runs does not."""
-    content = json.dumps(experiment.model_dump(mode="json", exclude={"device"}), sort_keys=True)
+    """Of what decides a run; where it runs, and in how many parts, does not."""
+    parts = {"micro_batch", "workers", "min_workers"}
+    content = json.dumps(experiment.model_dump(mode="json", exclude={"device": True, "train": parts}), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

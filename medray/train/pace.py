@@ -92,19 +92,18 @@ class Pace:
         """Tell how long a validation took, its checkpoint included."""
         self._validation.append(seconds)
 
-    def times(self) -> dict[str, float]:
-        """What ranks have to average before they call :meth:`revise`, so that all decide alike."""
-        return {"ranks": 1.0, "step": self._rate(), "validation": self.validation_seconds}
+    def times(self) -> tuple[float, float]:
+        """Seconds of a step and of a validation; processes that train together call :meth:`revise` with their mean."""
+        return self._rate(), self.validation_seconds
 
-    def revise(self, times: dict[str, float], step: int, elapsed: float) -> None:
+    def revise(self, rate: float, validation: float, step: int, elapsed: float) -> None:
         """Fix the plan after the first validation of a budgeted run; later correct it where it is off (see the head).
 
         Args:
-            times: :meth:`times`, summed over ranks.
+            rate, validation: seconds of one, see :meth:`times`.
             step: steps done.
             elapsed: seconds since the start, earlier sittings included.
         """
-        rate, validation = (times[key] / times["ranks"] for key in ("step", "validation"))
         if self.budget is None:
             self._thin_out(rate, validation, step)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from medray.train.runtime import Runtime
 __all__ = ["Stepper"]
 
 log = logging.getLogger(__name__)
+Part = tuple[slice, float]
 SKIPS = 25
 """Steps in a row that fp16's scaler may skip before the run counts as diverged: 2^16 halved so often is far below 1."""
 
@@ -37,6 +39,7 @@ class Stepper:
         runtime: for the device, and to hold gradient exchange back between parts.
         precision: of the forward pass.
         micro_batch: samples at once in memory; None for all.
+        largest: samples of a batch that any process has, where several share it; None: as many as this one.
         clip_norm: largest norm of the gradient; 0 for no limit.
         channels_last: what :func:`~medray.train.precision.lay_out` said of the model.
     """
@@ -50,11 +53,13 @@ class Stepper:
         runtime: Runtime,
         precision: Precision,
         micro_batch: int | None,
+        largest: int | None = None,
         clip_norm: float,
         channels_last: bool,
     ) -> None:
         self.model, self.optimizer, self.criterion, self.runtime = model, optimizer, criterion, runtime
         self.precision, self.micro_batch, self.clip_norm = precision, micro_batch, clip_norm
+        self.largest = largest
         self.channels_last = channels_last
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
@@ -100,7 +105,8 @@ class Stepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.micro_batch, self._skipped = state["micro_batch"], state["skipped"]
+        sizes = [size for size in (self.micro_batch, state["micro_batch"]) if size is not None]
+        self.micro_batch, self._skipped = min(sizes, default=None), state["skipped"]
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
 
@@ -125,37 +131,56 @@ class Stepper:
                     f"one sample of shape {tuple(images.shape[1:])} does not fit the memory of {self.runtime.device} "
                     f"({cause}); lower train.patch_size or model.feature_size, or choose a smaller model"
                 )
+            if not self.runtime.is_alone:
+                # The others are waiting for this one's gradient: they can only begin anew, together.
+                failure = OutOfMemoryError(
+                    f"{size} samples at once do not fit the memory of {self.runtime.device} ({cause}); "
+                    f"set train.micro_batch={(size + 1) // 2}"
+                )
+                failure.micro_batch = (size + 1) // 2
+                raise failure
             self.micro_batch = (size + 1) // 2
             log.warning("out of memory with %d samples at once: going on with %d", size, self.micro_batch)
             self._restore(random)
 
     def _gradients(self, images: Tensor, targets: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.micro_batch or len(images)
-        if size >= len(images):
+        parts = self._parts(len(images))
+        if len(parts) == 1:
             loss: Tensor = self.criterion(self._forward(images), targets)
             self._scaler.scale(loss).backward()
             return loss.detach()
-        parts = [slice(start, start + size) for start in range(0, len(images), size)]
         if not getattr(self.criterion, "separable", False):
             return self._gradients_in_two_passes(images, targets, parts)
-        total = torch.zeros((), device=images.device)
-        for part in self._held_back(parts):
-            loss = self.criterion(self._forward(images[part]), targets[part], targets)
+        total = torch.zeros((), device=images.device, dtype=torch.float64)
+        for part, weight in self._held_back(parts):
+            loss = weight * self.criterion(self._forward(images[part]), targets[part], targets)
             self._scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
-    def _gradients_in_two_passes(self, images: Tensor, targets: Tensor, parts: list[slice]) -> Tensor:
+    def _parts(self, count: int) -> list[Part]:
+        """Even parts of a batch, and what each counts for.
+
+        Processes that train together make as many passes each, for they wait for one another in every one: whoever has
+        fewer samples than that runs one again, for nothing.
+        """
+        largest = max(count, self.largest or 0)
+        passes = -(-largest // (self.micro_batch or largest))
+        edges = [i * count // passes for i in range(passes + 1)]
+        return [(slice(a, b), 1.0) if a < b else (slice(0, 1), 0.0) for a, b in pairwise(edges)]
+
+    def _gradients_in_two_passes(self, images: Tensor, targets: Tensor, parts: list[Part]) -> Tensor:
         states, outputs = [], []
         tracking: list[Any] = [m for m in self.model.modules() if getattr(m, "track_running_stats", False)]
         for module in tracking:
             module.track_running_stats = False  # the second pass moves the running statistics; once is enough
         try:
             with torch.no_grad():
-                for part in parts:
+                for part, weight in parts:
                     states.append(self._random_state())
-                    outputs.append(_levels(self._forward(images[part])))
+                    levels = _levels(self._forward(images[part]))
+                    outputs.append(levels if weight else [level[:0] for level in levels])
         finally:
             for module in tracking:
                 module.track_running_stats = True
@@ -163,14 +188,14 @@ class Stepper:
         del outputs
         loss: Tensor = self.criterion(whole if len(whole) > 1 else whole[0], targets)
         self._scaler.scale(loss).backward()
-        for part, state in zip(self._held_back(parts), states, strict=True):
+        for (part, weight), state in zip(self._held_back(parts), states, strict=True):
             self._restore(state)
             again = _levels(self._forward(images[part]))
-            shares = [level.grad[part] for level in whole if level.grad is not None]
+            shares = [weight * level.grad[part] for level in whole if level.grad is not None]
             torch.autograd.backward(again, shares)
         return loss.detach()
 
-    def _held_back(self, parts: list[slice]) -> Iterator[slice]:
+    def _held_back(self, parts: list[Part]) -> Iterator[Part]:
         """Each part; gradients are exchanged between ranks with the last one only."""
         with self.runtime.no_sync(self.model):
             yield from parts[:-1]
@@ -234,7 +259,8 @@ class Stepper:
                 "Lower optim.lr, or raise schedule.warmup."
             )
         size = self.micro_batch or len(images)
-        for start in range(0, len(images), size):
+        # A pass of one process alone would leave the others waiting.
+        for start in range(0, len(images) if self.runtime.is_alone else 0, size):
             if not all(torch.isfinite(level).all() for level in _levels(self._forward(images[start : start + size]))):
                 fix = (
                     "lower optim.lr"
@@ -242,6 +268,8 @@ class Stepper:
                     else "set train.precision=bf16 or fp32, or lower optim.lr"
                 )
                 return f"{head}The logits were the first that are not finite, with input and weights finite: {fix}."
+        if not self.runtime.is_alone:
+            return f"{head}Input and weights are finite: lower optim.lr, or set train.precision=bf16 or fp32."
         return (
             f"{head}The loss itself was the first that is not finite, with input, weights and logits finite: "
             "look at the targets, and at loss.class_weights and loss.gamma."

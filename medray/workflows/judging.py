@@ -25,6 +25,7 @@ from medray.predict.predictor import Callback, Floats, probabilities
 from medray.predict.sliding import classify, load_libraries, segment
 from medray.predict.torch_runtime import TorchPredictor
 from medray.train.precision import resolve_precision
+from medray.train.runtime import Runtime
 
 Direction = Literal["max", "min"]
 Validate = Callable[[nn.Module], dict[str, float]]
@@ -72,9 +73,12 @@ def make_validate(
     *,
     kind: TaskKind,
     num_classes: int,
-    device: torch.device,
+    runtime: Runtime,
 ) -> Validate:
     """A function of the model that fit() calls: ``val/...`` metrics over the validation cases.
+
+    Processes that train together share the cases; what each found of a case is put together before anything is
+    averaged, so that the metrics are those of one process.
 
     Of many cases to segment only some are looked at while training goes on: a validation that took a tenth of a short
     trial could not be repeated often enough to stop it early. The choice of the champion looks at all.
@@ -84,22 +88,27 @@ def make_validate(
         load_libraries()  # or fit() would take their import for the cost of a validation
 
         def validate_segmentation(model: nn.Module) -> dict[str, float]:
-            predictor = predictor_of(model, experiment, device)
-            rows = []
-            for index in indices:
-                labels = segment_prepared(predictor, store.image(index), experiment).argmax(axis=0)
-                mask = store.mask(index)
+            predictor = predictor_of(model, experiment, runtime.device)
+            rows = np.zeros((len(indices), num_classes - 1))
+            for row in runtime.share(range(len(indices))):
+                labels = segment_prepared(predictor, store.image(indices[row]), experiment).argmax(axis=0)
+                mask = store.mask(indices[row])
                 assert mask is not None
-                rows.append(dice_per_class(labels, np.asarray(mask), num_classes))
-            value = mean_over_cases(np.stack(rows))
+                rows[row] = dice_per_class(labels, np.asarray(mask), num_classes)
+            value = mean_over_cases(runtime.reduce({"dice": rows})["dice"])
             return {"val/dice": value if np.isfinite(value) else 0.0}
 
         return validate_segmentation
 
     def validate_classification(model: nn.Module) -> dict[str, float]:
-        predictor = predictor_of(model, experiment, device)
-        arrays = np.stack([np.asarray(store.image(index), dtype=np.float32) for index in indices])
-        logits = classify(predictor, arrays, flip_axes=experiment.augment.flip_axes if experiment.inference.tta else ())
+        predictor = predictor_of(model, experiment, runtime.device)
+        logits = np.zeros((len(indices), num_classes))
+        mine = runtime.share(range(len(indices)))
+        if mine:
+            arrays = np.stack([np.asarray(store.image(indices[row]), dtype=np.float32) for row in mine])
+            flips = experiment.augment.flip_axes if experiment.inference.tta else ()
+            logits[list(mine)] = classify(predictor, arrays, flip_axes=flips)
+        logits = runtime.reduce({"logits": logits})["logits"]
         targets = np.asarray([store.label(index) for index in indices])
         found = all_metrics(kind, targets, probabilities(logits, kind))
         return {f"val/{name}": value for name, value in found.items()}

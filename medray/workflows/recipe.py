@@ -31,12 +31,14 @@ class Recipe:
         explicit: what the user set, as a sparse tree of Experiment fields; wins over the plan.
         cache: folder of prepared cases.
         machine: what the plan is made for.
+        horizon: seconds for which the champion will have trained; all trials on the way there plan for it.
     """
 
     directory: str
     explicit: Tree
     cache: str
     machine: Machine = field(default_factory=Machine.here)
+    horizon: float | None = None
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -68,7 +70,11 @@ class Recipe:
                     f"Set {key} outside of space"
                 )
         model = (own.get("model") or {}).get("name") or (self.explicit.get("model") or {}).get("name")
-        layers = [plan(self.fingerprint, self.machine, model=model, budget=budget), self.explicit, own]
+        layers = [
+            plan(self.fingerprint, self.machine, model=model, budget=budget, horizon=self.horizon),
+            self.explicit,
+            own,
+        ]
         explicit_train = self.explicit.get("train") or {}
         if "epochs" in explicit_train and "budget" not in explicit_train:
             layers[0]["train"]["budget"] = None

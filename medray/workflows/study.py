@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,6 @@ def tune(
 def _new(path: Path | None, overrides: Sequence[str], runs: Path) -> tuple[Path, Asked]:
     composed = compose(path, overrides)
     Space.parse(composed.space)
-    if composed.study.workers_per_trial > 1:
-        raise ConfigError(
-            f"study.workers_per_trial={composed.study.workers_per_trial}: a trial uses one process as yet. Set it to 1 "
-            "and study.concurrency to the number of trials at once"
-        )
     source = str(composed.explicit.get("data") or Experiment().data)
     command = " ".join(["medray tune", *([str(path)] if path else []), *overrides])
     asked = Asked(
@@ -208,6 +203,9 @@ class _Study:
         self._best: float | None = None
         self._values: list[float] = []
         self._case_seconds: float | None = None
+        train = dict(asked.explicit.get("train") or {})
+        self.workers = int(train.setdefault("workers", asked.study.workers_per_trial))
+        self.explicit = {**asked.explicit, "train": train}
 
     def run(self, address: str | None) -> StudyResult:
         done = self.directory / "result.json"
@@ -281,7 +279,13 @@ class _Study:
                 for finding in manifest.findings[:5]:
                     self._tell("note", f"{finding.severity}: {finding.message}. {finding.fix}")
             cache = self.directory.parent / ".cache"
-            self.recipe = Recipe(directory=str(self.directory), explicit=self.asked.explicit, cache=str(cache))
+            study = self.asked.study
+            self.recipe = Recipe(
+                directory=str(self.directory),
+                explicit=self.explicit,
+                cache=str(cache),
+                horizon=study.budget * (1.0 - study.search_share) / 2,  # there are two finalists, as a rule
+            )
             default = self.recipe.experiment()
             kind = self.recipe.manifest.task
             self.objectives = self._objectives(kind)
@@ -292,6 +296,10 @@ class _Study:
             for key in self.asked.space:
                 if key.split(".")[0] in FIXED:
                     self.recipe.experiment({key: None})
+                if key in ("train.workers", "train.min_workers"):
+                    raise ConfigError(
+                        f"space.{key}: changes how long a trial takes, not what it learns. Set study.workers_per_trial"
+                    )
             self.space.validate(self.recipe.experiment)
             text = describe(default, self.recipe.fingerprint, self.recipe.machine)
             (self.directory / "experiment.yaml").write_text(text, encoding="utf-8")
@@ -341,6 +349,7 @@ class _Study:
                     cpus_per_trial=cpus,
                     gpus_per_trial=gpus,
                     concurrency=concurrency,
+                    in_group=self.workers > 1,
                     trial_seconds=plan.trial,
                     deadline=time.time() + plan.search,
                     payload=TrialPayload(recipe=self.recipe, objective=self.objective, costs=costs),
@@ -366,7 +375,7 @@ class _Study:
             plans.append((f"trial-{best.number}", best.params))
         finish = self._finish_seconds(len(plans))
         open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
-        parallel = len(open_plans) if session.gpus >= len(open_plans) else 1
+        parallel = len(open_plans) if session.gpus >= len(open_plans) * self.workers else 1
         with self.clock.stage("final fit"):
             while open_plans:
                 seconds = (self.clock.left - finish) * parallel / len(open_plans)
@@ -435,12 +444,15 @@ class _Study:
 
     def _run_final(self, tasks: Sequence[FinalTask], session: RaySession, parallel: int) -> None:
         gpus = 1 if session.gpus >= 1 else 0
-        cpus = usable_cpus() if session.is_local else max(1, min(8, int(session.cpus)))
+        most = int(session.cpus)
+        cpus = usable_cpus() if session.is_local else max(1, min(8 * self.workers, most))
+        share = max(1, cpus // parallel)
+        alone = self.workers == 1
         call_all(
             run_final,
-            tasks,
-            cpus=max(1, cpus // parallel),
-            gpus=gpus,
+            [replace(task, cpus=share) for task in tasks],
+            cpus=share if alone else 0,  # one that leads a group of processes only waits for it
+            gpus=gpus if alone else 0,
             while_waiting=lambda: self.clock.save(every=2.0),
         )
 
@@ -478,12 +490,13 @@ class _Study:
         cpus = int(session.cpus) if session else usable_cpus()
         gpus = session.gpus if session else float(Recipe(directory="", explicit={}, cache="").machine.gpus)
         if gpus >= 1:
-            concurrency = self.asked.study.concurrency or int(gpus)
-            return concurrency, max(1, cpus // max(concurrency, 1)), min(1.0, gpus / concurrency)
+            concurrency = self.asked.study.concurrency or max(1, int(gpus) // self.workers)
+            share = 1.0 if self.workers > 1 else min(1.0, gpus / concurrency)
+            return concurrency, max(self.workers, cpus // max(concurrency, 1)), share
         # Two processes on two cores give 1.13 times the throughput of one with two threads, but half the pace of each
         # trial: from four cores on, trials run side by side.
-        concurrency = self.asked.study.concurrency or max(1, cpus // 2)
-        concurrency = min(concurrency, max(1, cpus))
+        concurrency = self.asked.study.concurrency or max(1, cpus // max(2, self.workers))
+        concurrency = min(concurrency, max(1, cpus // self.workers))
         return concurrency, max(1, cpus // concurrency), 0.0
 
     def _on_trial(self, event: TrialEvent) -> None:

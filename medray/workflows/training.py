@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.loader import train_loader
 from medray.data.manifest import Manifest
-from medray.errors import ConfigError, MissingDependencyError, TrainingError
+from medray.engines.ray.session import ray_session, usable_cpus
+from medray.errors import ConfigError, MissingDependencyError, OutOfMemoryError, TrainingError
 from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model
 from medray.tracking import NullTracker, TensorBoardTracker, Tracker
@@ -97,10 +98,12 @@ def train_model(
     on_validation: Callable[[Progress], bool] | None = None,
     deadline: float | None = None,
     tracker: Tracker | None = None,
-    runtime: Runtime | None = None,
     train_indices: Sequence[int] | None = None,
+    cpus: int | None = None,
 ) -> Trained:
     """Train an experiment in ``directory``; where it was interrupted there, go on.
+
+    With ``train.workers`` above one, a group of processes does it, and this one waits for them; Ray must be connected.
 
     Args:
         recipe: whence the data.
@@ -109,9 +112,9 @@ def train_model(
         objective: the metric that chooses the best weights, and its direction.
         on_validation: called after each validation; True stops the run as pruned.
         deadline: ``time.monotonic()`` at which to stop in any case.
-        tracker: gets scalars; None writes TensorBoard events to ``directory``.
-        runtime: None is one process on the experiment's device.
+        tracker: gets scalars; None writes TensorBoard events to ``directory``. A group always does the latter.
         train_indices: cases to train on; None: the split's own.
+        cpus: that a group's processes share; None: as many as this process has threads.
     """
     manifest = recipe.manifest
     directory.mkdir(parents=True, exist_ok=True)
@@ -122,29 +125,89 @@ def train_model(
     done = load_trained(recipe, directory)
     if done is not None and done.experiment == experiment:
         return done
-    splits = recipe.splits(experiment)
-    store = open_store(recipe, experiment)
-    runtime = runtime or LocalRuntime(resolve_device(experiment.device))
+    open_store(recipe, experiment)  # here, once, rather than in every process of a group
+    run = _Run(
+        recipe=recipe,
+        experiment=experiment,
+        directory=directory,
+        objective=objective or OBJECTIVE[manifest.task],
+        indices=tuple(train_indices or recipe.splits(experiment).train),
+        deadline=None if deadline is None else time.time() + deadline - time.monotonic(),
+    )
+    if experiment.train.workers > 1:
+        _train_together(run, on_validation or (lambda _: False), cpus or torch.get_num_threads())
+    else:
+        _train_here(run, LocalRuntime(resolve_device(experiment.device)), on_validation, tracker)
+    trained = load_trained(recipe, directory)
+    if trained is None:
+        raise TrainingError(f"{directory}: training ended without a result")
+    return trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What each process that trains is handed.
+
+    Attributes:
+        deadline: epoch seconds.
+        others: as in :func:`train_model`.
+    """
+
+    recipe: Recipe
+    experiment: Experiment
+    directory: Path
+    objective: tuple[str, Direction]
+    indices: tuple[int, ...]
+    deadline: float | None
+
+
+def _train_here(
+    run: _Run, runtime: Runtime, on_validation: Callable[[Progress], bool] | None, tracker: Tracker | None = None
+) -> None:
+    """Train in this process, alone or as one of a group; the main one writes the result."""
+    experiment, manifest, directory = run.experiment, run.recipe.manifest, run.directory
+    store, splits = open_store(run.recipe, experiment), run.recipe.splits(experiment)
     kind, classes = manifest.task, outputs(manifest)
-    loader = train_loader(store, tuple(train_indices or splits.train), experiment, kind=kind, num_classes=classes)
-    model = new_model(experiment, manifest)
+    if tracker is None:
+        tracker = TensorBoardTracker(directory / "tensorboard") if runtime.is_main else NullTracker()
     result = fit(
         experiment,
-        model,
-        loader,
+        new_model(experiment, manifest),
+        train_loader(store, run.indices, experiment, kind=kind, num_classes=classes),
         build_loss(experiment.loss, kind=kind, num_classes=classes),
-        validate=make_validate(store, splits.val, experiment, kind=kind, num_classes=classes, device=runtime.device),
-        objective=objective or OBJECTIVE[kind],
+        validate=make_validate(store, splits.val, experiment, kind=kind, num_classes=classes, runtime=runtime),
+        objective=run.objective,
         runtime=runtime,
         run_dir=directory,
-        tracker=tracker or TensorBoardTracker(directory / "tensorboard"),
+        tracker=tracker,
         on_validation=on_validation,
-        deadline=deadline,
+        deadline=None if run.deadline is None else time.monotonic() + run.deadline - time.time(),
     )
-    model = new_model(experiment, manifest)
-    model.load_state_dict(result.weights)
-    _save_trained(directory, result)
-    return Trained(model=model.eval(), experiment=experiment, fit=result, directory=directory)
+    if runtime.is_main:
+        _save_trained(directory, result)
+
+
+def _train_together(run: _Run, on_validation: Callable[[Progress], bool], cpus: int) -> None:
+    """Train in a group of processes; where a part of a batch doesn't fit, begin again with smaller ones."""
+    from medray.engines.ray.train import GroupSize, run_group
+
+    train = run.experiment.train
+    gpus = int(resolve_device(run.experiment.device).type == "cuda")
+    size = GroupSize(
+        workers=train.workers,
+        least=train.min_workers,
+        cpus=max(1, cpus // train.workers),
+        gpus=gpus,
+        sync_batchnorm=train.sync_batchnorm,
+    )
+    while True:
+        try:
+            return run_group(_train_here, run, size, on_progress=on_validation)
+        except OutOfMemoryError as error:
+            if error.micro_batch is None:
+                raise
+            smaller = train.model_copy(update={"micro_batch": error.micro_batch})
+            run = replace(run, experiment=run.experiment.model_copy(update={"train": smaller}))
 
 
 def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
@@ -156,7 +219,10 @@ def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
     if not path.is_file():
         return experiment
     begun = build_experiment(compose(path, []).explicit)
-    same = begun.model_copy(update={"train": begun.train.model_copy(update={"budget": experiment.train.budget})})
+    asked = experiment.train
+    parts = {"workers": asked.workers, "min_workers": asked.min_workers, "micro_batch": asked.micro_batch}
+    begun = begun.model_copy(update={"train": begun.train.model_copy(update=parts)})
+    same = begun.model_copy(update={"train": begun.train.model_copy(update={"budget": asked.budget})})
     return begun if same == experiment else experiment
 
 
@@ -213,6 +279,7 @@ def train_experiment(
     *,
     out: Path,
     resume: bool = False,
+    address: str | None = None,
     observer: Observer | None = None,
 ) -> Trained:
     """``medray train``: check the data, lay the experiment over the plan, train, save.
@@ -221,7 +288,8 @@ def train_experiment(
         path: an ``experiment.yaml``; None trains the plan's default on ``data=...``.
         overrides: ``optim.lr=1e-3`` and such.
         out: folder of the run.
-        resume: go on where a run in ``out`` stopped.
+        resume: go on where a run in ``out`` stopped; ``train.workers`` may be another number than before.
+        address: of a Ray cluster for ``train.workers`` above one; None starts Ray on this machine.
         observer: hears of progress.
 
     Raises:
@@ -239,6 +307,9 @@ def train_experiment(
         prepare_directory(source, out, task=task, split=composed.explicit.get("split"))
     recipe = Recipe(directory=str(out), explicit=composed.explicit, cache=str(default_cache()))
     experiment = recipe.experiment()
+    if experiment.train.budget is not None:
+        recipe = replace(recipe, horizon=experiment.train.budget)
+        experiment = recipe.experiment()
 
     def progress(at: Progress) -> bool:
         notify(
@@ -254,7 +325,11 @@ def train_experiment(
         return False
 
     notify(StudyEvent(kind="stage", text=f"training {experiment.model.name}", elapsed=time.monotonic() - started))
-    return train_model(recipe, experiment, out, on_validation=progress, tracker=_tracker(out))
+    if experiment.train.workers == 1:
+        return train_model(recipe, experiment, out, on_validation=progress, tracker=_tracker(out))
+    cpus = max(experiment.train.workers, usable_cpus())
+    with ray_session(address=address, cpus=cpus, threads=cpus // experiment.train.workers):
+        return train_model(recipe, experiment, out.absolute(), on_validation=progress, cpus=cpus)
 
 
 def _tracker(directory: Path) -> Tracker:

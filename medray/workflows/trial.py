@@ -100,6 +100,7 @@ class FinalTask:
         seconds: to train for; the schedule is laid to end then.
         deadline: epoch seconds at which it stops in any case.
         twin: 0 for the experiment itself, n for its n-th twin with another seed.
+        cpus: that it may compute with.
     """
 
     recipe: Recipe
@@ -109,6 +110,7 @@ class FinalTask:
     seconds: float
     deadline: float
     twin: int = 0
+    cpus: int | None = None
 
 
 def run_final(task: FinalTask) -> None:
@@ -121,4 +123,5 @@ def run_final(task: FinalTask) -> None:
         Path(task.directory),
         objective=task.objective,
         deadline=time.monotonic() + max(1.0, task.deadline - begun),
+        cpus=task.cpus,
     )

@@ -43,6 +43,7 @@ def run_trials(
     cpus_per_trial: int,
     gpus_per_trial: float = 0.0,
     concurrency: int,
+    in_group: bool = False,
     trial_seconds: float | None = None,
     deadline: float | None = None,
     payload: Any = None,
@@ -60,6 +61,7 @@ def run_trials(
         cpus_per_trial: reserved, and the number of threads that the trial computes with.
         gpus_per_trial: reserved; may be a fraction.
         concurrency: trials at once, at most.
+        in_group: the function starts a group of processes (``run_group``) that take these resources, and only waits.
         trial_seconds: what each trial may train for; none begins that could not end before the deadline.
         deadline: epoch seconds; running trials are told to stop then, and are stopped a little later.
         payload: given to every trial as ``task.payload``; sent to each process once.
@@ -70,7 +72,9 @@ def run_trials(
         KeyboardInterrupt: after a clean stop; unfinished trials come again when the study is resumed.
     """
     conductor = _Conductor(driver, cpus_per_trial, trial_seconds, deadline, on_event or _ignore)
-    resources = tune.PlacementGroupFactory([{"CPU": cpus_per_trial, "GPU": gpus_per_trial}])
+    # A bundle may not be empty: a byte is as little as can be asked for.
+    bundle = {"memory": 1} if in_group else {"CPU": cpus_per_trial, "GPU": gpus_per_trial}
+    resources = tune.PlacementGroupFactory([bundle])
     trainable = tune.with_resources(
         tune.with_parameters(TrialActor, function=function, payload=payload), resources=resources
     )

@@ -33,8 +33,9 @@ def build_tiny(config, *, kind, ndim, in_channels, num_outputs, patch_size):
     return Tiny(kind, ndim, in_channels, num_outputs, config.feature_size or 4)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def tiny_catalogue():
+    # Not for the session: the tests that come after this folder build real networks.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "build_model", build_tiny)
         yield
@@ -66,7 +67,7 @@ def write_tiny():
     return _write
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pristine(tmp_path_factory, tiny_catalogue) -> Path:
     """A segmentation bundle without ONNX: read only."""
     return _write(tmp_path_factory.mktemp("pristine") / "bundle").directory

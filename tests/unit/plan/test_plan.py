@@ -187,6 +187,24 @@ def test_the_patch_follows_the_images_shape():
     assert all(n <= p < n + divisor for n, p in zip((35, 51, 36), experiment.train.patch_size, strict=True))
 
 
+def test_the_width_follows_the_time_that_a_network_will_have():
+    """On a CPU; a trial of a long study is planned as its champion will be."""
+    found = FINGERPRINTS["hippocampus"]
+    assert planned(found, budget=300).model.feature_size == 16
+    assert planned(found, budget=300, horizon=3600).model.feature_size == 32
+    assert planned(found).model.feature_size == planned(found, SERVER, budget=300).model.feature_size == 32
+
+
+def test_thumbnails_get_a_small_network_where_there_is_no_gpu():
+    assert planned(FINGERPRINTS["medmnist"], LAPTOP).model.name == "small_cnn"
+    assert planned(FINGERPRINTS["medmnist"], SERVER).model.name == "resnet18"
+    assert (
+        planned(FINGERPRINTS["chest film"], LAPTOP).model.name
+        == planned(FINGERPRINTS["nodule"]).model.name
+        == "resnet18"
+    )
+
+
 def test_a_volume_that_fits_is_seen_whole_and_a_larger_one_in_patches():
     whole, parts = planned(FINGERPRINTS["hippocampus"]).train, planned(FINGERPRINTS["mr"]).train
     assert (whole.samples_per_case, whole.foreground) == (1, 0.0)

@@ -24,11 +24,11 @@ def simulate(
             pace.validated(validation)
             if pace.fixed and done >= pace.total:
                 return pace, clock, count
-            pace.revise(pace.times(), done, clock)
+            pace.revise(*pace.times(), done, clock)
             if done >= pace.total:
                 return pace, clock, count
         elif done % max(1, pace.total // 40) == 0:
-            pace.revise(pace.times(), done, clock)
+            pace.revise(*pace.times(), done, clock)
             if done >= pace.total:
                 return pace, clock + validation, count + 1
 
@@ -78,7 +78,7 @@ def test_costly_validations_are_thinned_out_unless_deterministic() -> None:
             if pace.due(done):
                 count += 1
                 pace.validated(10.0)
-                pace.revise(pace.times(), done, 0.1 * done)
+                pace.revise(*pace.times(), done, 0.1 * done)
         assert count == expected
 
 
@@ -95,5 +95,5 @@ def test_epochs_end_a_run_that_has_time_to_spare() -> None:
         pace.ticked(0.1, step, 0.1 * step)
         if pace.due(step):
             pace.validated(0.1)
-            pace.revise(pace.times(), step, 0.1 * step)
+            pace.revise(*pace.times(), step, 0.1 * step)
     assert pace.total == 30

@@ -14,6 +14,7 @@ from medray.data.image import Image, Mask
 from medray.data.manifest import IGNORE
 from medray.data.readers import read_case
 from medray.train.progress import FitResult
+from medray.train.runtime import LocalRuntime
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores, candidates_of, choose, difference, score
 from medray.workflows.conclusion import _sites
@@ -284,7 +285,7 @@ def test_validation_while_training_sees_what_the_end_sees(recipes):
         indices = tuple(range(len(recipe.manifest.cases)))
         store = open_store(recipe, trained.experiment)
         validate = make_validate(
-            store, indices, trained.experiment, kind=kind, num_classes=classes, device=torch.device("cpu")
+            store, indices, trained.experiment, kind=kind, num_classes=classes, runtime=LocalRuntime()
         )
         end = score(recipe, [Candidate(name="x", members=(trained,))], indices, metric=metric)["x"].value
         assert validate(trained.model)[f"val/{metric}"] == pytest.approx(end, abs=1e-4), name
@@ -303,7 +304,7 @@ def test_a_mask_without_any_class_gives_zero_rather_than_nothing(recipes):
     recipe = recipes["seg"]
     trained = untrained(recipe)
     validate = make_validate(
-        Empty(), (0,), trained.experiment, kind="segmentation", num_classes=3, device=torch.device("cpu")
+        Empty(), (0,), trained.experiment, kind="segmentation", num_classes=3, runtime=LocalRuntime()
     )
     assert validate(trained.model) == {"val/dice": 0.0}
 

@@ -1,0 +1,167 @@
+"""Groups that Ray Train brings up: the same result, lost processes, errors, and a study whose trials are groups."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from medray.engines.ray.train import GroupSize, run_group
+from medray.errors import OutOfMemoryError, TrainingError, UnreadableError
+from medray.train.progress import Progress
+from medray.train.runtime import Runtime
+from medray.workflows.planning import prepare_directory
+from medray.workflows.recipe import Recipe
+from medray.workflows.study import tune
+from medray.workflows.training import Trained, train_model
+
+PAIR = GroupSize(workers=2)
+PLAIN = {
+    "device": "cpu",
+    "augment": {"strength": 0.0},
+    "model": {"name": "small_cnn", "feature_size": 8, "depth": 3, "dropout": 0.0},
+    "optim": {"name": "sgd", "lr": 0.005},
+    "train": {"batch_size": 6, "epochs": 12, "validate_every": 1, "precision": "fp32"},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("together")
+    prepare_directory("phantom://xray-nodules?cases=40&size=32", folder)
+    return Recipe(directory=str(folder), explicit=PLAIN, cache=str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train_model(recipe, recipe.experiment(), tmp_path_factory.mktemp("alone"))
+
+
+def alike(one: Trained, other: Trained) -> None:
+    """The same run but for fp32's rounding, which grows from step to step; that it is nothing else, float64 shows in
+    test_group."""
+    assert (one.fit.steps, one.fit.stopped) == (other.fit.steps, other.fit.stopped)
+    for mine, theirs in zip(one.fit.history, other.fit.history, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+
+
+def together(recipe: Recipe, folder: Path, **options: Any) -> Trained:
+    return train_model(recipe, recipe.experiment({"train.workers": 2}), folder, cpus=2, **options)
+
+
+def test_two_processes_train_what_one_does(ray_session: None, recipe: Recipe, alone: Trained, tmp_path: Path) -> None:
+    alike(together(recipe, tmp_path), alone)
+
+
+def workers() -> list[psutil.Process]:
+    """The group's processes, rank 0 first, as Ray titles them while they train."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_costs_nothing_that_was_saved(
+    ray_session: None, recipe: Recipe, alone: Trained, tmp_path: Path, victim: int
+) -> None:
+    """SIGKILL after some validations: the group comes back by itself and ends as it would have."""
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> bool:
+        if progress.epoch == 4 and not killed:
+            process = workers()[victim]
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+        return False
+
+    found = together(recipe, tmp_path, on_validation=kill)
+    assert killed
+    alike(found, alone)
+
+
+def test_a_group_stops_when_told_to(ray_session: None, recipe: Recipe, tmp_path: Path) -> None:
+    found = together(recipe, tmp_path, on_validation=lambda progress: progress.epoch >= 3)
+    assert (found.fit.stopped, found.fit.epochs) == ("pruned", 3)
+
+
+def fails_by_our_own_error(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
+    _count(task)
+    if runtime.is_main:
+        raise UnreadableError("scan.nii.gz", "it ends too soon")
+    runtime.agree(False)  # waits for one that never comes
+
+
+def fails_by_another(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
+    _count(task)
+    raise ZeroDivisionError("the cause")
+
+
+def does_not_fit(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
+    error = OutOfMemoryError("4 samples do not fit")
+    error.micro_batch = 2
+    raise error
+
+
+def _count(folder: Path) -> None:
+    (folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+
+
+def test_an_error_reaches_the_user_as_it_was_raised_and_is_not_tried_again(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableError, match=r"scan.nii.gz: it ends too soon"):
+        run_group(fails_by_our_own_error, tmp_path, PAIR)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(TrainingError, match=r"(?s)fails_by_another.*ZeroDivisionError: the cause"):
+        run_group(fails_by_another, tmp_path, replace(PAIR, workers=1))
+    with pytest.raises(OutOfMemoryError) as caught:
+        run_group(does_not_fit, tmp_path, replace(PAIR, workers=1))
+    assert caught.value.micro_batch == 2
+
+
+def test_a_group_that_dies_too_often_says_so(ray_session: None, tmp_path: Path) -> None:
+    def keep_killing(stop: threading.Event) -> None:
+        while not stop.wait(0.2):
+            for process in workers():
+                process.kill()
+
+    stop = threading.Event()
+    thread = threading.Thread(target=keep_killing, args=(stop,))
+    thread.start()
+    try:
+        with pytest.raises(TrainingError, match="lost more than 1 times"):
+            run_group(waits, tmp_path, PAIR, failures=1)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def waits(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
+    time.sleep(60)
+
+
+def test_trials_of_a_study_may_be_groups(ray_session: None, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "data: phantom://xray-nodules?cases=40&size=32\n"
+        "model: {name: small_cnn, feature_size: 8, depth: 3}\n"
+        "train: {epochs: 2, batch_size: 6}\n"
+        "study: {name: groups, budget: 10min, trials: 2, workers_per_trial: 2, pruner: none, ensemble: false}\n"
+        "space: {optim.lr: {float: [1.0e-3, 1.0e-2], log: true}}\n",
+        encoding="utf-8",
+    )
+    result = tune(space, runs=tmp_path)
+    assert result.report.is_file() and (result.bundle / "bundle.json").is_file()
+    rows = (tmp_path / "groups" / "leaderboard.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 3
