@@ -91,7 +91,9 @@ def run_group(
             resources_per_worker={"CPU": size.cpus, **({"GPU": size.gpus} if size.gpus else {})},
         ),
         "run_config": RunConfig(
-            name="group", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)
+            name="group",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
         ),
     }
     ended: list[BaseException | None] = []

@@ -7,14 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from medray.engines.ray.train import GroupSize, run_group
+from medray.engines.ray.train import GroupSize, _Failure, run_group
 from medray.errors import OutOfMemoryError, TrainingError, UnreadableError
 from medray.train.progress import Progress
 from medray.train.runtime import Runtime
@@ -73,7 +72,7 @@ def workers() -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0])  # benchmarks/faults.py kills all of them, many times
 def test_a_lost_process_costs_nothing_that_was_saved(
     ray_session: None, recipe: Recipe, alone: Trained, tmp_path: Path, victim: int
 ) -> None:
@@ -104,17 +103,6 @@ def fails_by_our_own_error(task: Any, runtime: Runtime, report: Callable[[Progre
     runtime.agree(False)  # waits for one that never comes
 
 
-def fails_by_another(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
-    _count(task)
-    raise ZeroDivisionError("the cause")
-
-
-def does_not_fit(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
-    error = OutOfMemoryError("4 samples do not fit")
-    error.micro_batch = 2
-    raise error
-
-
 def _count(folder: Path) -> None:
     (folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
 
@@ -122,12 +110,22 @@ def _count(folder: Path) -> None:
 def test_an_error_reaches_the_user_as_it_was_raised_and_is_not_tried_again(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match=r"scan.nii.gz: it ends too soon"):
         run_group(fails_by_our_own_error, tmp_path, PAIR)
-    assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(TrainingError, match=r"(?s)fails_by_another.*ZeroDivisionError: the cause"):
-        run_group(fails_by_another, tmp_path, replace(PAIR, workers=1))
-    with pytest.raises(OutOfMemoryError) as caught:
-        run_group(does_not_fit, tmp_path, replace(PAIR, workers=1))
-    assert caught.value.micro_batch == 2
+    assert len(list(tmp_path.iterdir())) <= 2  # one of them may have heard of it before it began
+
+
+def test_an_error_travels_whole() -> None:
+    """Exceptions with arguments of their own don't survive being pickled; those that aren't ours bring their trace."""
+    try:
+        raise ZeroDivisionError("the cause")
+    except ZeroDivisionError as error:
+        found = _Failure.of(error).revive()
+    assert (
+        isinstance(found, TrainingError) and "test_an_error_travels_whole" in str(found) and "the cause" in str(found)
+    )
+    error = OutOfMemoryError("4 samples do not fit")
+    error.micro_batch = 2
+    again = _Failure.of(error).revive()
+    assert isinstance(again, OutOfMemoryError) and (again.micro_batch, str(again)) == (2, str(error))
 
 
 def test_a_group_that_dies_too_often_says_so(ray_session: None, tmp_path: Path) -> None:
