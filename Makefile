@@ -17,8 +17,10 @@ demo: $(READY)
 	@if [ -e runs/demo/study.db ]; then $(BIN)/medray tune --resume runs/demo; \
 	else $(BIN)/medray tune search_spaces/demo.yaml; fi
 
+# Unit tests share nothing and run side by side; the others have one Ray and the machine to themselves.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses auto --dist loadfile
+	$(BIN)/pytest tests/integration tests/e2e
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, Figure
 
-QUICK = 25.0
+QUICK = 15.0
 """Seconds of a whole study in --quick."""
 
 

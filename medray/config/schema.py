@@ -174,7 +174,10 @@ class TrainConfig(Section):
     min_workers: int | None = Field(
         None, ge=1, description="with how many to go on where a machine is gone for good; null: with all of them only"
     )
-    sync_batchnorm: bool = Field(True, description="batch-norm over the whole batch where several processes train")
+    sync_batchnorm: bool | None = Field(
+        None,
+        description="batch-norm over the whole batch of several processes; null: where each has fewer than 16 of it",
+    )
 
     @model_validator(mode="after")
     def _enough_samples(self) -> TrainConfig:

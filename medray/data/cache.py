@@ -15,6 +15,7 @@ than the training. Labels, splits and patients are not in it; they are the manif
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.config.schema import PreprocessConfig
+from medray.data import shelf
 from medray.data.manifest import IGNORE, Case, Manifest
 from medray.data.preprocess import Geometry, Preprocessor
 from medray.errors import DataError, UnreadableError
@@ -71,6 +73,7 @@ class PreparedStore:
         with np.load(path / "index.npz", allow_pickle=False) as index:
             self._index = {name: index[name] for name in index.files}
         self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self._held = shelf.hold(path)
 
     @classmethod
     def open_or_build(
@@ -83,8 +86,9 @@ class PreparedStore:
     ) -> PreparedStore:
         """Open the store of these cases prepared in this way, building it first where it is absent or damaged.
 
-        It is built in a folder beside and renamed: a process that is killed, or several that build at once, leave
-        nothing half made.
+        It is built in a folder beside and renamed, by one process while others wait for it: a process that is killed,
+        or several that build at once, leave nothing half made. Then the folder is trimmed to
+        :func:`medray.data.shelf.limit`.
 
         Raises:
             UnreadableError: a file can't be decoded.
@@ -94,21 +98,36 @@ class PreparedStore:
         preprocessor = Preprocessor(config, ndim=manifest.ndim, channels=manifest.channels)
         digest = _digest(manifest, config)
         path = directory / digest[:24]
-        if not _is_whole(path, digest):
+        most = shelf.limit(directory)
+        for last in (False, True):
             try:
-                _build(manifest, preprocessor, directory, path, digest, progress)
+                if not _is_whole(path, digest):
+                    with shelf.builder(directory, path.name):
+                        if not _is_whole(path, digest):
+                            _build(manifest, preprocessor, directory, path, digest, progress)
+                    shelf.trim(directory, most, keep=path)
+                return cls(path, manifest)
+            except FileNotFoundError:  # trimmed away by another process between two lines
+                if last:
+                    raise
             except OSError as error:
+                if not last and error.errno in (errno.ENOSPC, errno.EDQUOT) and shelf.trim(directory, 0):
+                    continue
                 raise DataError(
                     f"{directory}: the prepared images can't be written ({error.strerror or error}). Free some "
                     "space, or choose another folder"
                 ) from error
-        return cls(path, manifest)
+        raise AssertionError("unreachable")
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_held": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._held = shelf.hold(self.path)
 
     def image(self, i: int) -> npt.NDArray[np.float32]:
         """(C, *s) float32, a read-only view of the file."""

@@ -100,6 +100,7 @@ def train_model(
     tracker: Tracker | None = None,
     train_indices: Sequence[int] | None = None,
     cpus: int | None = None,
+    gpus: int | None = None,
 ) -> Trained:
     """Train an experiment in ``directory``; where it was interrupted there, go on.
 
@@ -115,6 +116,7 @@ def train_model(
         tracker: gets scalars; None writes TensorBoard events to ``directory``. A group always does the latter.
         train_indices: cases to train on; None: the split's own.
         cpus: that a group's processes share; None: as many as this process has threads.
+        gpus: of each process of a group; None: one, where the experiment's device is one here.
     """
     manifest = recipe.manifest
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,9 @@ def train_model(
         deadline=None if deadline is None else time.time() + deadline - time.monotonic(),
     )
     if experiment.train.workers > 1:
-        _train_together(run, on_validation or (lambda _: False), cpus or torch.get_num_threads())
+        if gpus is None:
+            gpus = int(resolve_device(experiment.device).type == "cuda")
+        _train_together(run, on_validation or (lambda _: False), cpus or torch.get_num_threads(), gpus)
     else:
         _train_here(run, LocalRuntime(resolve_device(experiment.device)), on_validation, tracker)
     trained = load_trained(recipe, directory)
@@ -187,18 +191,18 @@ def _train_here(
         _save_trained(directory, result)
 
 
-def _train_together(run: _Run, on_validation: Callable[[Progress], bool], cpus: int) -> None:
+def _train_together(run: _Run, on_validation: Callable[[Progress], bool], cpus: int, gpus: int) -> None:
     """Train in a group of processes; where a part of a batch doesn't fit, begin again with smaller ones."""
     from medray.engines.ray.train import GroupSize, run_group
 
     train = run.experiment.train
-    gpus = int(resolve_device(run.experiment.device).type == "cuda")
+    sync = train.sync_batchnorm
     size = GroupSize(
         workers=train.workers,
         least=train.min_workers,
         cpus=max(1, cpus // train.workers),
         gpus=gpus,
-        sync_batchnorm=train.sync_batchnorm,
+        sync_batchnorm=train.batch_size < 16 * train.workers if sync is None else sync,
     )
     while True:
         try:
@@ -327,9 +331,15 @@ def train_experiment(
     notify(StudyEvent(kind="stage", text=f"training {experiment.model.name}", elapsed=time.monotonic() - started))
     if experiment.train.workers == 1:
         return train_model(recipe, experiment, out, on_validation=progress, tracker=_tracker(out))
-    cpus = max(experiment.train.workers, usable_cpus())
-    with ray_session(address=address, cpus=cpus, threads=cpus // experiment.train.workers):
-        return train_model(recipe, experiment, out.absolute(), on_validation=progress, cpus=cpus)
+    workers = experiment.train.workers
+    cpus = max(workers, usable_cpus())
+    # Workers have other working directories than we.
+    recipe = replace(recipe, directory=str(out.resolve()), cache=str(Path(recipe.cache).resolve()))
+    with ray_session(address=address, cpus=cpus, threads=cpus // workers) as session:
+        if not session.is_local:
+            cpus = max(workers, min(8 * workers, int(session.cpus)))
+        gpus = int(session.gpus >= workers and experiment.device != "cpu")
+        return train_model(recipe, experiment, out.resolve(), on_validation=progress, cpus=cpus, gpus=gpus)
 
 
 def _tracker(directory: Path) -> Tracker:

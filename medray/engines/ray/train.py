@@ -79,9 +79,13 @@ def run_group(
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     scratch = tempfile.mkdtemp(prefix="medray-group-")
-    mailbox = ray.remote(num_cpus=0, max_concurrency=size.workers + 2)(_Mailbox).remote()
+    # Beside the driver: the loss of any other machine is one that the group survives.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(num_cpus=0, max_concurrency=size.workers + 2, scheduling_strategy=here)
+    mailbox = remote(_Mailbox).remote()
     trainer_options: dict[str, Any] = {
         "train_loop_config": {"function": function, "task": task, "size": size, "mailbox": mailbox},
         "torch_config": TorchConfig(backend="nccl" if size.gpus else "gloo", timeout_s=_COLLECTIVE_SECONDS),
@@ -125,8 +129,14 @@ def run_group(
                 f"by: {_last_line(ended[0])}. The run's checkpoint is whole: see the machines' memory and "
                 f"logs, then go on with --resume"
             ) from ended[0]
+    except ray.exceptions.RayError as error:
+        raise TrainingError(
+            f"Ray itself ended while {size.workers} processes trained ({_last_line(error)}). The run's checkpoint is "
+            f"whole: go on with --resume"
+        ) from error
     finally:
-        ray.kill(mailbox)
+        with contextlib.suppress(Exception):
+            ray.kill(mailbox)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -142,7 +152,13 @@ class _Failure:
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
         trace = "".join(traceback.format_exception(error))
-        return cls(kind=type(error), text=str(error), trace=trace, attributes=dict(vars(error)))
+        ours = isinstance(error, MedrayError)
+        return cls(
+            kind=type(error) if ours else Exception,
+            text=str(error),
+            trace=trace,
+            attributes=dict(vars(error)) if ours else {},
+        )
 
     def revive(self) -> MedrayError:
         if not issubclass(self.kind, MedrayError):
