@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -91,6 +91,9 @@ class AugmentConfig(Section):
     """Random transforms of training samples. Each ``p_*`` is a probability; ``strength`` scales every range."""
 
     strength: Fraction = 1.0
+    adaptive: bool = Field(
+        False, description="strength follows the validation: down a tenth where it falls, up where it rises clearly"
+    )
     rotate_deg: NonNegative = 15.0
     translate: Fraction = 0.10
     scale: tuple[Positive, Positive] = (0.9, 1.1)
@@ -160,6 +163,11 @@ class TrainConfig(Section):
     )
     batch_size: int = Field(8, ge=1, le=8192, description="samples an optimiser step sees")
     micro_batch: int | None = Field(None, ge=1, description="samples at once in memory; the rest is accumulated")
+    checkpointing: int | Literal["off", "auto"] = Field(
+        "off",
+        description="run parts of the network again in the backward pass instead of keeping what they computed: off, "
+        "auto (half the memory for about a fifth of the time), or into how many segments to cut it",
+    )
     patch_size: tuple[int, ...] | None = Field(None, description="null: the whole (prepared) image")
     samples_per_case: int = Field(1, ge=1, description="patches of one case in one epoch")
     foreground: Fraction = Field(0.33, description="share of patches centred on foreground")
@@ -169,6 +177,7 @@ class TrainConfig(Section):
     validate_every: int | None = Field(None, ge=1, description="epochs between validations; null: about 12 in a run")
     balanced: bool = Field(False, description="draw classes equally often (classification)")
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 for none (classification)")
+    cutmix: NonNegative = Field(0.0, description="likewise; with mixup too, each batch gets one of them by lot")
     deterministic: bool = False
     workers: int = Field(1, ge=1, le=1024, description="processes that train together; each takes a part of a batch")
     min_workers: int | None = Field(
@@ -178,6 +187,15 @@ class TrainConfig(Section):
         None,
         description="batch-norm over the whole batch of several processes; null: where each has fewer than 16 of it",
     )
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _checkpointing(cls, value: object) -> object:
+        if value is False:  # YAML's reading of a bare off
+            return "off"
+        if value in ("off", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"train.checkpointing={value!r} must be off, auto, or a number of segments of at least 1")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> TrainConfig:

@@ -76,6 +76,11 @@ class Augment:
         ]  # in the order in which a scanner would do it: field and contrast, optics, sampling, noise last
         self._steps = [(p, step) for p, step in steps if p > 0]
 
+    def at(self, strength: float) -> Augment:
+        """The same transforms at another strength."""
+        config = self.config.model_copy(update={"strength": strength})
+        return Augment(config, ndim=self.ndim, spacing=self.spacing)
+
     def field(self, patch: Sequence[int]) -> tuple[int, ...]:
         """The shape to read so that a patch, turned and scaled, seldom looks beyond it."""
         config = self.config

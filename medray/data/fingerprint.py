@@ -7,12 +7,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from medray.data.document import Document
 from medray.data.image import Modality
 from medray.data.manifest import IGNORE, Case, Manifest, TaskKind
 from medray.data.readers import read_case
@@ -42,7 +43,7 @@ class ChannelStats(_Frozen):
     p995: float
 
 
-class Fingerprint(_Frozen):
+class Fingerprint(_Frozen, Document):
     """What was measured on all cases but those of a given test split.
 
     Attributes:
@@ -53,6 +54,8 @@ class Fingerprint(_Frozen):
         bytes_total: of all images as float32.
         digest: SHA-256 over pixels, masks and labels, whatever the files are called.
     """
+
+    made_by: ClassVar[str] = "medray plan DATA"
 
     version: Literal[1] = 1
     task: TaskKind
@@ -74,31 +77,6 @@ class Fingerprint(_Frozen):
     class_fraction: dict[str, float]
     bytes_total: int
     digest: str
-
-    def save(self, path: Path) -> None:
-        """Write ``fingerprint.json`` (UTF-8, atomically)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Fingerprint:
-        """Read ``fingerprint.json``.
-
-        Raises:
-            DataError: it is missing, no JSON, or doesn't follow the schema.
-        """
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}. Write one with: medray plan DATA") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DataError(f"{path}: {where}: {first['msg']}. Write it anew with: medray plan DATA") from None
-        except ValueError as error:
-            raise DataError(f"{path}: no JSON ({error}). Write it anew with: medray plan DATA") from None
 
 
 @dataclass

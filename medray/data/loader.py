@@ -30,7 +30,10 @@ __all__ = ["Batch", "TrainLoader", "train_loader"]
 
 Batch = dict[str, Tensor]
 """image: (B, C, *s) float32. target: (B, *s) int64 (segmentation), (B,) int64 (classification) or (B, K) float32
-(multilabel; classification with mixup). index: (B,) int64, the case in the manifest."""
+(multilabel; classification with mixup or CutMix). index: (B,) int64, the case in the manifest."""
+
+Key = tuple[int, int, float | None]
+"""Epoch, number of the batch in it, strength of augmentation (None: the experiment's)."""
 
 
 def train_loader(
@@ -74,12 +77,17 @@ class TrainLoader:
     def __init__(self, batches: _Batches, *, workers: int, pin_memory: bool) -> None:
         self._batches, self._workers, self._pin = batches, workers, pin_memory
         self._epoch = 0
+        self._strength: float | None = None
         self._loader: DataLoader[Batch] | None = None
         self._keys = _Keys()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through; without it, each follows the former."""
         self._epoch = epoch
+
+    def set_strength(self, strength: float) -> None:
+        """Augment so strongly from the next iteration on, whatever the experiment says."""
+        self._strength = strength
 
     def shard(self, rank: int, ranks: int) -> TrainLoader:
         """The share of one of several processes that train together: every ``ranks``-th sample of every batch.
@@ -94,7 +102,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        keys = [(epoch, number) for number in range(len(self))]
+        keys = [(epoch, number, self._strength) for number in range(len(self))]
         if self._workers == 0:
             return (self._batches[key] for key in keys)
         if self._loader is None:
@@ -117,9 +125,9 @@ class TrainLoader:
 class _Keys:
     """A sampler whose keys are set before each epoch, so that worker processes outlive epochs."""
 
-    keys: Sequence[tuple[int, int]] = ()
+    keys: Sequence[Key] = ()
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self.keys)
 
     def __len__(self) -> int:
@@ -127,7 +135,7 @@ class _Keys:
 
 
 class _Batches(Dataset[Batch]):
-    """Batch number n of epoch e, as a function of (e, n)."""
+    """Batch number n of epoch e, augmented by strength s, as a function of (e, n, s)."""
 
     def __init__(
         self,
@@ -140,8 +148,8 @@ class _Batches(Dataset[Batch]):
         train = experiment.train
         if not len(cases):
             raise DataError("no cases to train on: the training side of the split is empty")
-        if kind == "segmentation" and train.mixup > 0:
-            raise ConfigError("train.mixup is for classification: set it to 0")
+        if kind == "segmentation" and (train.mixup > 0 or train.cutmix > 0):
+            raise ConfigError("train.mixup and train.cutmix are for classification: set them to 0")
         self.store, self.cases, self.kind, self.num_classes = store, cases, kind, num_classes
         self.seed, self.train = experiment.seed, train
         self.rows = np.arange(train.batch_size)
@@ -217,8 +225,8 @@ class _Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return math.ceil(len(self.cases) * self.train.samples_per_case / self.train.batch_size)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, number = key
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, number, strength = key
         size = self.train.batch_size
         drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
         rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
@@ -228,13 +236,14 @@ class _Batches(Dataset[Batch]):
         for row, position in enumerate(drawn):
             mask = None if masks is None else masks[row].numpy()
             self._read(int(self.cases[position]), number * size + int(self.rows[row]), rng, images[row].numpy(), mask)
-        images, masks = self.augment(images, masks, generator, size=self.patch)
+        augment = self.augment if strength is None else self.augment.at(strength)
+        images, masks = augment(images, masks, generator, size=self.patch)
         if masks is not None:
             target = masks.to(torch.int64)
         else:
             assert self.targets is not None
             target = self.targets[torch.from_numpy(drawn)]
-            if self.train.mixup > 0:
+            if self.train.mixup > 0 or self.train.cutmix > 0:
                 images, target = self._mix(images, target, rng)
         return {"image": images, "target": target, "index": torch.from_numpy(self.cases[drawn])}
 
@@ -301,9 +310,33 @@ class _Batches(Dataset[Batch]):
         return start
 
     def _mix(self, images: Tensor, target: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """mixup (Zhang et al., ICLR 2018): each sample with another of the batch; soft targets (B, K) float32."""
+        """Each sample with another of the batch; soft targets (B, K) float32.
+
+        mixup (Zhang et al., ICLR 2018) fades one into the other; CutMix (Yun et al., ICCV 2019) sets a box of the other
+        into the one. Targets mix by the share that each has of the image.
+        """
         soft = target if target.ndim == 2 else F.one_hot(target, self.num_classes).float()
-        weight = torch.from_numpy(rng.beta(self.train.mixup, self.train.mixup, len(images))).float()
         other = torch.from_numpy(rng.permutation(len(images)))
-        images = torch.lerp(images[other], images, weight.view(-1, *[1] * (images.ndim - 1)))
+        mixup, cutmix = self.train.mixup, self.train.cutmix
+        if cutmix > 0 and (mixup == 0 or rng.random() < 0.5):
+            images, weight = self._paste(images, images[other], 1.0 - rng.beta(cutmix, cutmix, len(images)), rng)
+        else:
+            weight = torch.from_numpy(rng.beta(mixup, mixup, len(images))).float()
+            images = torch.lerp(images[other], images, weight.view(-1, *[1] * (images.ndim - 1)))
         return images, torch.lerp(soft[other], soft, weight.view(-1, 1))
+
+    def _paste(
+        self, images: Tensor, others: Tensor, shares: npt.NDArray[np.float64], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A box of about such a share of each other image in its place; what is left of each own one, (B,)."""
+        shape, ndim = images.shape[2:], images.ndim - 2
+        images, left = images.clone(), torch.ones(len(images))
+        for row, share in enumerate(shares):
+            box = []
+            for n in shape:
+                size = min(n, round(n * float(share) ** (1 / ndim)))
+                start = int(rng.integers(n - size + 1))
+                box.append(slice(start, start + size))
+            images[(row, slice(None), *box)] = others[(row, slice(None), *box)]
+            left[row] = 1.0 - math.prod(part.stop - part.start for part in box) / math.prod(shape)
+        return images, left

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from medray.data.document import Document
 from medray.data.image import Modality
-from medray.errors import DataError
 
 Split = Literal["train", "val", "test"]
 TaskKind = Literal["classification", "multilabel", "segmentation"]
@@ -55,7 +53,7 @@ class Finding(_Row):
     fix: str = Field(description="what to do")
 
 
-class Manifest(_Row):
+class Manifest(_Row, Document):
     """The cases of a data set, and where they came from."""
 
     version: Literal[1] = 1
@@ -68,28 +66,3 @@ class Manifest(_Row):
     modality: Modality = "other"
     cases: tuple[Case, ...]
     findings: tuple[Finding, ...] = ()
-
-    def save(self, path: Path) -> None:
-        """Write ``manifest.json`` (UTF-8, atomically)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Manifest:
-        """Read ``manifest.json``.
-
-        Raises:
-            DataError: it is missing, no JSON, or doesn't follow the schema.
-        """
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}. Write one with: medray check DATA") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path}: no JSON ({error}). Write it anew with: medray check DATA") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DataError(f"{path}: {where}: {first['msg']}. Write it anew with: medray check DATA") from None

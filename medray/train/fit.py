@@ -23,7 +23,10 @@ from medray.errors import ConfigError, OutOfMemoryError, TrainingError
 from medray.learn.ema import Ema
 from medray.learn.optimizers import build_optimizer
 from medray.learn.schedules import Schedule
+from medray.models import checkpointing
+from medray.models.catalogue import lookup
 from medray.train import checkpoint, memory
+from medray.train.adapt import AdaptiveStrength
 from medray.train.pace import Pace
 from medray.train.precision import lay_out, resolve_device, resolve_precision
 from medray.train.progress import FitResult, Progress, Stopped
@@ -162,9 +165,12 @@ class _Run:
             largest=None if runtime.is_alone else runtime.from_main(len(runtime.share(range(train.batch_size)))),
             clip_norm=experiment.optim.clip_norm,
             channels_last=channels_last,
+            first=None if train.checkpointing == "off" else self._save_memory,
         )
         self.ema = Ema(model, train.ema) if train.ema else None
         self.schedule = Schedule(experiment.schedule, objective[1])
+        augment = experiment.augment
+        self.adaptive = AdaptiveStrength(augment.strength, objective[1]) if augment.adaptive else None
         self.steps_per_epoch = _length(batches)
         budget = train.budget
         if budget is not None and deadline is not None:
@@ -211,6 +217,7 @@ class _Run:
                     self._save()  # its time counts as the next step's, as it does in the budget
                 if self.stopped is not None:
                     break
+        checkpointing.remove(self.model)
         return self._result()
 
     def _tick(self) -> None:
@@ -239,6 +246,11 @@ class _Run:
         set_epoch = getattr(self.batches, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+        if self.adaptive:
+            set_strength = getattr(self.batches, "set_strength", None)
+            if not callable(set_strength):
+                raise ConfigError("augment.adaptive: this loader's augmentation can't change. Set it to false")
+            set_strength(self.adaptive.at(epoch))
         # A DataLoader draws from the global generator when it starts: a resumed epoch must not draw once more.
         with preserved_rng():
             iterator = iter(self.batches)
@@ -265,6 +277,12 @@ class _Run:
             self.ema.update(self.model)
         if self.tracker and self.runtime.is_main and self.step % max(1, self.pace.total // 200) == 0:
             self.tracker.scalars({"train/loss": value, "train/lr": self._lr()}, self.step)
+
+    def _save_memory(self, images: Tensor) -> None:
+        """Choose what runs again in the backward pass, the same in all processes."""
+        how, family = self.experiment.train.checkpointing, lookup(self.experiment.model.name).family
+        kept = checkpointing.share_kept(family)
+        checkpointing.apply(self.model, how, images, kept=kept, agree=self.runtime.from_main)
 
     def _place(self) -> str:
         epoch = self.step // self.steps_per_epoch + 1
@@ -297,6 +315,8 @@ class _Run:
         if gained:
             self.best = {"metrics": metrics, "epoch": self.epoch, "weights": self._weights()}
         self.schedule.observe(value)
+        if self.adaptive:
+            self.adaptive.observe(self.epoch - 1, value)
         (total,) = self._mean(self.losses[0])
         mean_loss = total / self.losses[1] if self.losses[1] else math.nan
         self.losses = (0.0, 0)
@@ -389,6 +409,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
+            "adaptive": self.adaptive.state_dict() if self.adaptive else None,
             "stepper": self.stepper.state_dict(),
             "pace": self.pace.state_dict(),
             "rng": get_rng(),
@@ -421,6 +442,8 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        if self.adaptive:
+            self.adaptive.load_state_dict(state["adaptive"])
         self.stepper.load_state_dict(state["stepper"])
         self.pace.load_state_dict(state["pace"])
         self.step, self.best, self.waited = state["step"], state["best"], state["waited"]
@@ -463,6 +486,6 @@ def _length(batches: Iterable[Any]) -> int:
 
 def _digest(experiment: Experiment) -> str:
     """Of what decides a run; where it runs, and in how many parts, does not."""
-    parts = {"micro_batch", "workers", "min_workers"}
+    parts = {"micro_batch", "checkpointing", "workers", "min_workers"}
     content = json.dumps(experiment.model_dump(mode="json", exclude={"device": True, "train": parts}), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

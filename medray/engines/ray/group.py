@@ -30,6 +30,8 @@ T = TypeVar("T")
 class GroupRuntime:
     """One of the processes of an initialised process group.
 
+    Every trainable parameter has to take part in every step, as those of all networks of the catalogue do.
+
     Args:
         device: this process's.
         sync_batchnorm: normalise by the statistics of the whole batch rather than of this process's part of it.
@@ -57,7 +59,6 @@ class GroupRuntime:
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 broadcast_buffers=False,  # they are aligned before a validation, which is when they count
                 gradient_as_bucket_view=True,
-                find_unused_parameters=_has_idle_parameters(model),
             )
         if self.size > 1:
             shard = getattr(train_loader, "shard", None)
@@ -214,8 +215,3 @@ def _synchronise(model: nn.Module) -> None:
             # The same tensors, as an optimiser or an average may hold them already.
             twin.__dict__.update(_parameters=child._parameters, _buffers=child._buffers, training=child.training)
             setattr(parent, name, twin)
-
-
-def _has_idle_parameters(model: nn.Module) -> bool:
-    """Whether a network says that some of its parameters may have no part in an output."""
-    return any(getattr(module, "idle_parameters", False) for module in model.modules())

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from medray import logs
 from medray.engines.ray.session import quiet_environment
 from medray.errors import MedrayError, TrainingError
 from medray.train.progress import Progress
@@ -87,7 +88,13 @@ def run_group(
     remote = ray.remote(num_cpus=0, max_concurrency=size.workers + 2, scheduling_strategy=here)
     mailbox = remote(_Mailbox).remote()
     trainer_options: dict[str, Any] = {
-        "train_loop_config": {"function": function, "task": task, "size": size, "mailbox": mailbox},
+        "train_loop_config": {
+            "function": function,
+            "task": task,
+            "size": size,
+            "mailbox": mailbox,
+            "where": logs.destination(),
+        },
         "torch_config": TorchConfig(backend="nccl" if size.gpus else "gloo", timeout_s=_COLLECTIVE_SECONDS),
         "scaling_config": ScalingConfig(
             num_workers=size.workers if size.least in (None, size.workers) else (size.least, size.workers),
@@ -220,6 +227,7 @@ def _work(config: dict[str, Any]) -> None:
         return  # brought back for nothing: it would fail again
     torch.set_num_threads(size.cpus)
     runtime = GroupRuntime(ray.train.torch.get_device(), sync_batchnorm=size.sync_batchnorm)
+    logs.join(config["where"], rank=runtime.lane)
 
     def report(progress: Progress) -> bool:
         return bool(ray.get(mailbox.tell.remote(progress)))

@@ -205,6 +205,38 @@ def test_mixup_mixes_images_as_it_mixes_labels(pictures: PreparedStore) -> None:
     assert (batch["image"][:, 0, 0, 0] != own).sum() > 15
 
 
+def test_cutmix_sets_boxes_of_others_and_labels_follow_their_share(pictures: PreparedStore) -> None:
+    """A picture here has one value all over: what another one brought can be counted."""
+    batch = next(iter(classification(pictures, experiment(batch_size=30, cutmix=1.0))))
+    own = torch.tensor([8.0 * i for i in batch["index"].tolist()]).view(-1, 1, 1)
+    share = (batch["image"][:, 0] == own).float().mean((1, 2))
+    labels = torch.tensor([int(i % 10 == 0) for i in batch["index"].tolist()])
+    kept = batch["target"][torch.arange(30), labels]
+    assert ((kept - share).abs() < 1e-6)[kept < 1].all() and (kept < 1).sum() > 2
+    torch.testing.assert_close(batch["target"].sum(dim=1), torch.ones(30))
+
+
+def test_mixup_and_cutmix_take_turns(pictures: PreparedStore) -> None:
+    loader = classification(pictures, experiment(batch_size=30, cutmix=1.0, mixup=1.0))
+    whole = []
+    for epoch in range(12):
+        loader.set_epoch(epoch)
+        (batch,) = loader
+        whole.append(bool((batch["image"] % 8 == 0).all()))  # a box leaves whole values, a blend does not
+    assert any(whole) and not all(whole)
+
+
+def test_another_strength_changes_the_augmentation_alone(pictures: PreparedStore) -> None:
+    loader = classification(pictures, experiment(AugmentConfig(p_noise=1.0), batch_size=30))
+    (asked,) = loader
+    loader.set_epoch(0)
+    loader.set_strength(0.0)
+    (plain,) = loader
+    assert torch.equal(asked["index"], plain["index"])
+    own = torch.tensor([8.0 * i for i in plain["index"].tolist()])
+    assert torch.equal(plain["image"][:, 0, 0, 0], own) and not torch.equal(asked["image"], plain["image"])
+
+
 def test_turned_patches_see_what_lies_beyond_them(volumes: PreparedStore) -> None:
     config = experiment(
         AugmentConfig(p_affine=1.0, translate=0.0, p_noise=0.0), batch_size=8, patch_size=(8, 8, 8), foreground=0.0
@@ -225,5 +257,7 @@ def test_nothing_to_train_on(pictures: PreparedStore, volumes: PreparedStore) ->
         segmentation(volumes, experiment(patch_size=(8, 8)))
     with pytest.raises(ConfigError, match="mixup"):
         segmentation(volumes, experiment(patch_size=(8, 8, 8), mixup=0.2))
+    with pytest.raises(ConfigError, match="cutmix"):
+        segmentation(volumes, experiment(patch_size=(8, 8, 8), cutmix=0.2))
     with pytest.raises(DataError, match="have no mask"):
         segmentation(pictures, experiment())

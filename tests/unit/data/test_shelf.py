@@ -16,13 +16,17 @@ import pytest
 from medray.config.schema import PreprocessConfig
 from medray.data import cache, shelf
 from medray.data.cache import PreparedStore
+from medray.data.manifest import Manifest
 from medray.errors import ConfigError, DataError
 from tests.unit.data.test_cache import CONFIG, folder_of_pictures
 
 
-def build(root: Path, normalize: str = "zscore") -> PreparedStore:
-    manifest = folder_of_pictures(root)
-    return PreparedStore.open_or_build(manifest, PreprocessConfig(normalize=normalize), root / "cache")
+MANIFESTS: dict[Path, Manifest] = {}  # the pictures are written once: their times count
+
+
+def build(root: Path, pad: int = 1) -> PreparedStore:
+    manifest = MANIFESTS.get(root) or MANIFESTS.setdefault(root, folder_of_pictures(root))
+    return PreparedStore.open_or_build(manifest, PreprocessConfig(pad_multiple=pad), root / "cache")
 
 
 def age(store: PreparedStore, seconds: float) -> Path:
@@ -44,17 +48,17 @@ def test_what_lies_there_is_told(tmp_path: Path) -> None:
 
 
 def test_the_one_used_longest_ago_goes_first_and_none_that_is_open(tmp_path: Path) -> None:
-    oldest, middle = age(build(tmp_path, "none"), 300), age(build(tmp_path, "zscore"), 200)
-    opened = build(tmp_path, "range")
+    oldest, middle = age(build(tmp_path, 2), 300), age(build(tmp_path), 200)
+    opened = build(tmp_path, 4)
     os.utime(opened.path / "store.json", (0, 0))
     size = shelf.entries(tmp_path / "cache")[0].size
-    assert [entry.path for entry in shelf.trim(tmp_path / "cache", 2 * size)] == [oldest]
+    assert [entry.path for entry in shelf.trim(tmp_path / "cache", int(2.5 * size))] == [oldest]
     assert [entry.path for entry in shelf.trim(tmp_path / "cache", 0)] == [middle]
     assert opened.image(0).shape and not oldest.exists() and not middle.exists()
 
 
 def test_a_build_keeps_the_folder_under_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = age(build(tmp_path, "none"), 100)
+    first = age(build(tmp_path, 2), 100)
     monkeypatch.setenv("MEDRAY_CACHE_LIMIT", "1KB")
     second = build(tmp_path)  # larger than the limit by itself, and needed all the same
     assert not first.exists() and second.path.exists()
@@ -126,7 +130,7 @@ def test_a_builder_that_is_killed_lets_the_next_one_in(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_makes_room_once_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = age(build(tmp_path, "none"), 100)
+    first = age(build(tmp_path, 2), 100)
     write, failures = cache._write, []
 
     def full(*arguments: object) -> None:
@@ -140,7 +144,7 @@ def test_a_full_disk_makes_room_once_and_then_says_so(tmp_path: Path, monkeypatc
     assert not first.exists() and np.isfinite(store.image(0)).all()
     failures.clear()
     with pytest.raises(DataError, match="No space left"):
-        build(tmp_path, "range")  # the one that is open can't make room
+        build(tmp_path, 4)  # the one that is open can't make room
 
 
 def test_a_store_removed_between_two_lines_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

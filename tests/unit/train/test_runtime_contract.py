@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from medray.config.schema import Experiment
@@ -15,12 +16,23 @@ from medray.train.fit import fit
 from medray.train.runtime import LocalRuntime, Runtime
 from tests.unit.train.test_fit import Blobs, accuracy, experiment, network
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"local": LocalRuntime}
+
+def group_of_one() -> Runtime:
+    """Groups of several, and that they learn what one process does: tests/integration/ray/test_group.py."""
+    from medray.engines.ray.group import GroupRuntime
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return GroupRuntime("cpu")
+
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"local": LocalRuntime, "group": group_of_one}
 
 
 @pytest.fixture(params=RUNTIMES)
-def runtime(request: pytest.FixtureRequest) -> Runtime:
-    return RUNTIMES[request.param]()
+def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
+    yield RUNTIMES[request.param]()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def test_prepare_gives_a_model_on_the_device_whose_optimiser_owns_its_parameters(runtime: Runtime) -> None:
@@ -48,7 +60,19 @@ def test_reduce_keeps_keys_and_ratios_and_agree_is_a_plain_bool(runtime: Runtime
     found = runtime.reduce({"sum": 6.0, "count": 3.0})
     assert found.keys() == {"sum", "count"} and found["sum"] / found["count"] == pytest.approx(2.0)
     assert runtime.agree(True) is True and runtime.agree(False) is False
-    assert isinstance(runtime.is_main, bool)
+    assert isinstance(runtime.is_main, bool) and isinstance(runtime.is_alone, bool) and runtime.lane >= 0
+    table = runtime.reduce({"rows": [[1.0, float("nan")]], "nothing": []})
+    assert table["rows"].shape == (1, 2) and table["rows"][0, 0] == 1.0 and table["nothing"].shape == (0,)
+
+
+def test_what_is_shared_is_whole(runtime: Runtime) -> None:
+    """Alone, or as a group of one, a process has it all."""
+    assert list(runtime.share([3, 1, 2])) == [3, 1, 2] and list(runtime.share([])) == []
+    assert runtime.from_main({"step": 3, "weights": [torch.ones(2)]})["step"] == 3
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(7.0)  # type: ignore[union-attr]
+    runtime.align(norm)
+    assert norm.running_mean.tolist() == [7.0, 7.0]  # type: ignore[union-attr]
 
 
 def test_no_sync_lets_gradients_accumulate(runtime: Runtime) -> None:
