@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from medray import __version__
-from medray.cli import cache, check, data, doctor, evaluate, models, plan, predict, train, tune
+from medray.cli import cache, check, data, doctor, evaluate, models, plan, predict, submit, train, tune
 from medray.errors import MedrayError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("submit")(submit.submit)
 app.command("cache")(cache.cache)
 app.command("doctor")(doctor.doctor)
 

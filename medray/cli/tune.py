@@ -24,7 +24,8 @@ def tune(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the study in this folder, such as runs/seg.")] = None,
     address: Annotated[
-        str | None, typer.Option(help="Run on this Ray cluster (auto, HOST:PORT, ray://HOST:PORT).")
+        str | None,
+        typer.Option(help="Of the Ray cluster that this machine is part of: auto, HOST:PORT. Else: medray submit."),
     ] = None,
 ) -> None:
     """Search, fit the champion, report and bundle, within the budget.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medray.errors import StudyError
@@ -35,14 +38,16 @@ class RaySession:
     """A connected Ray.
 
     Args:
-        cpus: of the whole session or cluster.
+        cpus: of the whole session or cluster, or of all that it may grow to. Where there are GPUs, those beside them.
         gpus: likewise.
         is_local: this process started it, and ends it.
+        most_cpus: of the machine that has the most of those.
     """
 
     cpus: float
     gpus: float
     is_local: bool
+    most_cpus: float = float("inf")
 
 
 @contextlib.contextmanager
@@ -54,14 +59,18 @@ def ray_session(
     A session that the process already has is used as it is, and left running.
 
     Args:
-        address: ``host:port`` of a cluster's head, or ``auto``; None starts a session on loopback, closed at the end.
+        address: ``host:port`` of a cluster's head, or ``auto``, on a machine of that cluster; None starts a session on
+            loopback, closed at the end.
         cpus: of the local session; None: all that this process may use.
         gpus: likewise; None: all that are visible.
         threads: that numeric libraries in a worker may use (one trial's CPUs).
 
     Raises:
-        StudyError: the cluster can't be reached, asks for a token, or runs another version of Ray.
+        StudyError: the cluster can't be reached, asks for a token, or runs another version of Ray; or the address is
+            Ray Client's.
     """
+    if address is not None and "://" in address:
+        raise _refuse(address)
     import ray
 
     if ray.is_initialized():
@@ -130,13 +139,28 @@ def _connect(address: str, options: Mapping[str, Any]) -> None:
         raise StudyError(
             f"the Ray cluster at {address} answers but could not be joined: {error}\nIt must run the same versions of "
             f"Python and Ray ({ray.__version__}) as this machine. One that asks for a token, as those of 'ray up' do, "
-            f"needs RAY_AUTH_MODE=token here and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, the same as on its nodes"
+            f"needs RAY_AUTH_MODE=token here and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, the same as on its nodes. A "
+            f"machine that is none of the cluster's can't join it at all: hand the command to it with 'medray submit'"
         ) from error
+
+
+def _refuse(address: str) -> StudyError:
+    """Over Ray Client, Tune runs its searcher and scheduler in an actor on the cluster (``Tuner``, ``_remote_tuner``).
+
+    Ours are one object that holds the study's file and speaks to the terminal: it can't be sent there. And a client's
+    lost connection would end the study.
+    """
+    host = address.partition("://")[2].partition("/")[0].rpartition(":")[0] or "HEAD"
+    return StudyError(
+        f"{address}: a study can't be driven through Ray Client, nor over HTTP: what searches would run on another "
+        f"machine than the study's folder, and end with the connection. Hand the whole command to the cluster: "
+        f"medray submit --address http://{host}:8265 -- tune ...; or, on one of its machines: --address auto"
+    )
 
 
 def _check_reachable(address: str) -> None:
     """Ray itself would try an address where nothing listens for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return  # "auto", or a form that Ray may know
     try:
@@ -151,8 +175,45 @@ def _check_reachable(address: str) -> None:
 def _describe(*, is_local: bool) -> RaySession:
     import ray
 
-    resources = ray.cluster_resources()
-    return RaySession(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), is_local=is_local)
+    machines = [Counter(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    if not is_local:
+        machines = max(machines, _at_most(), key=lambda some: (_total(some, "GPU"), _total(some, "CPU")))
+    gpus = _total(machines, "GPU")
+    # A trial on a GPU takes the cores beside it: those of other machines are of no use to it.
+    cores = [machine["CPU"] for machine in machines if machine["GPU"] or not gpus]
+    return RaySession(cpus=sum(cores), gpus=gpus, is_local=is_local, most_cpus=max(cores, default=0.0))
+
+
+def _total(machines: Sequence[Mapping[str, float]], kind: str) -> float:
+    return float(sum(machine.get(kind, 0) for machine in machines))
+
+
+def _at_most() -> list[Counter[str]]:
+    """Machines that the cluster may grow to, where it says so.
+
+    A cluster that scales from zero has nothing until something waits for it, and nothing waits for what isn't known to
+    come. ``MEDRAY_AUTOSCALING`` names the configuration that ``ray up`` left on the head, as cluster.yaml sets it.
+
+    Raises:
+        StudyError: the file is not there, or not such a configuration.
+    """
+    name = os.environ.get("MEDRAY_AUTOSCALING")
+    if not name:
+        return []
+    try:
+        config = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+        machines = [
+            Counter({resource: float(amount) for resource, amount in value["resources"].items()})
+            for key, value in config["available_node_types"].items()
+            if key != config["head_node_type"]
+            for _ in range(int(value.get("max_workers", config["max_workers"])))
+        ]
+        return sorted(machines, key=lambda one: (-one["GPU"], -one["CPU"]))[: int(config["max_workers"])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(
+            f"MEDRAY_AUTOSCALING={name}: not the configuration of a cluster that 'ray up' started ({error!r}). It is "
+            f"~/ray_bootstrap_config.yaml on the head; without the variable, only machines that run already count"
+        ) from None
 
 
 @contextlib.contextmanager
