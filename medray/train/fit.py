@@ -27,6 +27,7 @@ from medray.models import checkpointing
 from medray.models.catalogue import lookup
 from medray.train import checkpoint, memory
 from medray.train.adapt import AdaptiveStrength
+from medray.train.meter import Meter
 from medray.train.pace import Pace
 from medray.train.precision import lay_out, resolve_device, resolve_precision
 from medray.train.progress import FitResult, Progress, Stopped
@@ -147,6 +148,7 @@ class _Run:
         self.started = time.monotonic()
         self.earlier = 0.0  # seconds of earlier sittings
         memory.reset_peak(runtime.device)
+        self.meter = Meter(runtime.device)
         precision = resolve_precision(train.precision, runtime.device)
         channels_last = lay_out(model, runtime.device, precision)
         # Random draws within the network (dropout) differ from process to process, and are the same from run to run.
@@ -182,7 +184,7 @@ class _Run:
             validate_every=train.validate_every,
             timed=not train.deterministic,
         )
-        self.step = 0
+        self.step, self.samples = 0, 0
         self.best: dict[str, Any] = {"metrics": {}, "epoch": 0, "weights": None}
         self.waited = 0
         self.history: list[dict[str, Any]] = []
@@ -223,6 +225,7 @@ class _Run:
     def _tick(self) -> None:
         now = time.monotonic()
         seconds, elapsed = now - self.ticked_at, self.elapsed
+        self.meter.stepped(self.samples, seconds)
         if not self.pace.fixed:  # what is timed now decides the plan of steps, which has to be the same everywhere
             seconds, elapsed = self._mean(seconds, elapsed)
         self.pace.ticked(seconds, self.step, elapsed)
@@ -259,7 +262,8 @@ class _Run:
         if position:
             self.ticked_at = time.monotonic()
         for _ in range(self.steps_per_epoch - position):
-            batch = next(iterator, None)
+            with self.meter.waiting():
+                batch = next(iterator, None)
             if batch is None:
                 raise TrainingError(
                     f"the training loader ended before the {self.steps_per_epoch} batches it promised for epoch {epoch}"
@@ -272,11 +276,13 @@ class _Run:
             group["lr"] = self.experiment.optim.lr * factor
         value = self.stepper(batch, place=self._place)
         self.step += 1
+        self.samples = len(batch["image"])
         self.losses = (self.losses[0] + value, self.losses[1] + 1)
         if self.ema:
             self.ema.update(self.model)
         if self.tracker and self.runtime.is_main and self.step % max(1, self.pace.total // 200) == 0:
             self.tracker.scalars({"train/loss": value, "train/lr": self._lr()}, self.step)
+            self.meter.ask_device()
 
     def _save_memory(self, images: Tensor) -> None:
         """Choose what runs again in the backward pass, the same in all processes."""
@@ -318,6 +324,8 @@ class _Run:
         if self.adaptive:
             self.adaptive.observe(self.epoch - 1, value)
         (total,) = self._mean(self.losses[0])
+        processes, rate, wait = self.runtime.reduce({"pace": [1.0, *self.meter.rates()]})["pace"]
+        pace = {"system/samples_per_second": float(rate), "system/loader_wait": float(wait / processes)}
         mean_loss = total / self.losses[1] if self.losses[1] else math.nan
         self.losses = (0.0, 0)
         progress = Progress(
@@ -335,7 +343,7 @@ class _Run:
         }
         self.history.append({**row, "lr": self._lr(), "loss": mean_loss, **metrics})
         if self.tracker and self.runtime.is_main:
-            self.tracker.scalars({"train/mean_loss": mean_loss, **metrics}, self.step)
+            self.tracker.scalars({"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}, self.step)
         prune = self.on_validation is not None and self.runtime.is_main and self.on_validation(progress)
         if self.runtime.agree(prune):
             self._end("pruned")

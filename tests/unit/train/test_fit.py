@@ -366,6 +366,25 @@ def test_a_tracker_is_told_and_global_state_is_restored() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_tracker_is_told_how_fast_it_goes_and_what_it_waits_for() -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: dict[str, list[float]] = {}
+
+        def scalars(self, values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                self.seen.setdefault(name, []).append(value)
+
+    tracker, pause = Tracker(), 0.01
+    run(experiment(), Blobs(pause=pause), tracker=tracker)
+    rates, waits = tracker.seen["system/samples_per_second"], tracker.seen["system/loader_wait"]
+    assert len(rates) == len(waits) == len(tracker.seen["val/loss"])
+    for rate, wait in zip(rates, waits, strict=True):
+        assert 0 < rate <= 8 / pause
+        assert rate / 8 * pause <= wait <= 1  # each step has waited that long at least
+    assert min(tracker.seen["system/peak_memory_mb"]) > 1 and "system/device_use" not in tracker.seen
+
+
 def test_a_loader_without_batches_or_with_too_few_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no batch"):
         run(experiment(), Blobs(batches=0))
