@@ -332,11 +332,11 @@ class _Batches(Dataset[Batch]):
         shape, ndim = images.shape[2:], images.ndim - 2
         images, left = images.clone(), torch.ones(len(images))
         for row, share in enumerate(shares):
-            box = []
+            box: list[slice] = []
             for n in shape:
                 size = min(n, round(n * float(share) ** (1 / ndim)))
                 start = int(rng.integers(n - size + 1))
                 box.append(slice(start, start + size))
-            images[(row, slice(None), *box)] = others[(row, slice(None), *box)]
+            images[row][(slice(None), *box)] = others[row][(slice(None), *box)]
             left[row] = 1.0 - math.prod(part.stop - part.start for part in box) / math.prod(shape)
         return images, left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+from medray.config.schema import StudyConfig
 from medray.engines.ray.train import GroupSize, _Failure, run_group
+from medray.engines.ray.tune import run_trials
 from medray.errors import OutOfMemoryError, TrainingError, UnreadableError
+from medray.search.driver import StudyDriver
+from medray.search.space import Space
+from medray.search.trial import Report, TrialOutcome, TrialTask
 from medray.train.progress import Progress
 from medray.train.runtime import Runtime
 from medray.workflows.planning import prepare_directory
@@ -137,17 +143,44 @@ def waits(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> No
     time.sleep(60)
 
 
-def test_trials_of_a_study_may_be_groups(ray_session: None, tmp_path: Path) -> None:
+def leads(task: TrialTask, report: Report) -> TrialOutcome:
+    """A trial that only waits for its group."""
+    run_group(meets, task.directory, PAIR)
+    found = sorted(path.name for path in task.directory.glob("rank-*"))
+    return TrialOutcome(metrics={"val/dice": float(len(found))}, extras={"found": found})
+
+
+def meets(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:
+    (task / f"rank-{runtime.lane}").touch()
+    runtime.agree(True)
+
+
+def test_a_trial_may_lead_a_group_that_takes_every_core(ray_session: None, tmp_path: Path) -> None:
+    """It holds none of them itself: with one it would wait for its own group for ever."""
+    from ray import cloudpickle
+
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        space = Space.parse({"optim.lr": {"float": [1e-4, 1e-2], "log": True}})
+        config = StudyConfig(trials=1, pruner="none")
+        with StudyDriver(space, config, {"val/dice": "max"}, tmp_path, {"optim.lr": 1e-3}) as driver:
+            run_trials(driver, leads, directory=tmp_path, cpus_per_trial=2, concurrency=1, in_group=True)
+            (record,) = driver.records()
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    assert record.values == (2.0,)
+
+
+def test_the_final_fit_of_a_study_may_be_a_groups(ray_session: None, tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(
         "data: phantom://xray-nodules?cases=40&size=32\n"
         "model: {name: small_cnn, feature_size: 8, depth: 3}\n"
         "train: {epochs: 1, batch_size: 6}\n"
-        "study: {name: groups, budget: 10min, trials: 2, workers_per_trial: 2, pruner: none, ensemble: false}\n"
-        "space: {optim.lr: {float: [1.0e-3, 1.0e-2], log: true}}\n",
+        "study: {name: groups, budget: 10min, trials: 1, workers_per_trial: 2, ensemble: false}\n",
         encoding="utf-8",
     )
     result = tune(space, runs=tmp_path)
     assert result.report.is_file() and (result.bundle / "bundle.json").is_file()
-    rows = (tmp_path / "groups" / "leaderboard.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 3
+    assert "workers: 2" in (tmp_path / "groups" / "final" / "default" / "experiment.yaml").read_text(encoding="utf-8")
