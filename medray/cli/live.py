@@ -40,6 +40,26 @@ class _Row:
     text: str = ""
 
 
+def watch(title: str) -> LiveView | Silent:
+    """What shows a run to whoever started it; with ``--log-format json`` the log alone does."""
+    from medray import logs
+
+    return Silent() if logs.is_json() else LiveView(title)
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def __call__(self, event: StudyEvent) -> None: ...
+
+
 class LiveView:
     """An observer of a study or a run; use it as a context manager, and call it with each event (from any thread)."""
 

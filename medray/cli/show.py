@@ -42,7 +42,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @contextmanager
 def progress(what: str) -> Iterator[Progress]:
     """A function of (done, all, name) that shows how far something is, on stderr."""
-    if sys.stderr.isatty():
+    from medray import logs
+
+    if sys.stderr.isatty() and not logs.is_json():
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -65,6 +67,9 @@ def progress(what: str) -> Iterator[Progress]:
         nonlocal last
         if done == total or time.monotonic() - last > 10:
             last = time.monotonic()
+            if logs.is_json():
+                logs.event("progress", text=what, done=done, total=total)
+                return
             print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
 
     yield line

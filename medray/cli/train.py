@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medray.cli.arguments import split_arguments
-from medray.cli.live import LiveView
+from medray.cli.live import watch
 from medray.cli.show import run_folder, say
 
 
@@ -36,7 +36,7 @@ def train(
 
     if out is None:
         out = _default_out(path, overrides)
-    with LiveView(f"training in {out}") as view:
+    with watch(f"training in {out}") as view:
         result = train_experiment(path, overrides, out=out, resume=resume, address=address, observer=view)
     say(result.headline)
     say(f"run: {result.directory}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from medray.cli.arguments import split_arguments
-from medray.cli.live import LiveView
+from medray.cli.live import watch
 from medray.cli.show import say
 from medray.errors import ConfigError
 
@@ -40,7 +40,7 @@ def tune(
         raise ConfigError(f"--resume {resume}: no such folder; it is a study's own, such as runs/seg")
     from medray.workflows.study import tune as run_study
 
-    with LiveView(f"study {resume.name if resume else path.stem if path else ''}") as view:
+    with watch(f"study {resume.name if resume else path.stem if path else ''}") as view:
         result = run_study(path, overrides, resume=resume, address=address, observer=view, started=started)
     say()
     say(result.headline)

@@ -26,6 +26,7 @@ from medray.predict.sliding import classify, load_libraries, segment
 from medray.predict.torch_runtime import TorchPredictor
 from medray.train.precision import resolve_precision
 from medray.train.runtime import Runtime
+from medray.workflows.examples import Examples
 
 Direction = Literal["max", "min"]
 Validate = Callable[[nn.Module], dict[str, float]]
@@ -74,6 +75,7 @@ def make_validate(
     kind: TaskKind,
     num_classes: int,
     runtime: Runtime,
+    examples: Examples | None = None,
 ) -> Validate:
     """A function of the model that fit() calls: ``val/...`` metrics over the validation cases.
 
@@ -82,10 +84,14 @@ def make_validate(
 
     Of many cases to segment only some are looked at while training goes on: a validation that took a tenth of a short
     trial could not be repeated often enough to stop it early. The choice of the champion looks at all.
+
+    ``examples`` is told what was found in one case, each time, by the main process.
     """
     if kind == "segmentation":
         indices = spread(indices, GLANCE)
         load_libraries()  # or fit() would take their import for the cost of a validation
+        mine = [indices[row] for row in runtime.share(range(len(indices)))]
+        shown = examples.choose(mine) if examples is not None and runtime.is_main else None
 
         def validate_segmentation(model: nn.Module) -> dict[str, float]:
             predictor = predictor_of(model, experiment, runtime.device)
@@ -94,6 +100,8 @@ def make_validate(
                 labels = segment_prepared(predictor, store.image(indices[row]), experiment).argmax(axis=0)
                 mask = store.mask(indices[row])
                 assert mask is not None
+                if examples is not None and indices[row] == shown:
+                    examples.take(indices[row], labels)
                 rows[row] = dice_per_class(labels, np.asarray(mask), num_classes)
             value = mean_over_cases(runtime.reduce({"dice": rows})["dice"])
             return {"val/dice": value if np.isfinite(value) else 0.0}

@@ -7,6 +7,7 @@
       trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial
       final/<name>/     the finalists, trained with what remains of the budget
       clock.json        what is spent     leaderboard.csv     report.html     result.json     bundle/
+      state.json        whether it runs, and who runs it     log.jsonl     every event and log line, workers' too
 
 Every stage reads the files of the one before and resumes.
 """
@@ -42,6 +43,7 @@ from medray.workflows.events import Kind, Observer, StudyEvent
 from medray.workflows.judging import OBJECTIVE, Direction
 from medray.workflows.planning import describe, prepare_directory
 from medray.workflows.recipe import FIXED, Recipe
+from medray.workflows.sitting import sitting
 from medray.workflows.training import Trained, load_trained, open_store
 from medray.workflows.trial import COSTS, FinalTask, TrialPayload, run_final, run_trial
 
@@ -213,6 +215,11 @@ class _Study:
             stored = json.loads(done.read_text(encoding="utf-8"))
             self._tell("note", f"{self.directory} has ended already; its report stands")
             return self._result(stored["champion"], stored["headline"])
+        with sitting(self.directory, "study", observer=self._observer) as self._sitting:
+            self._observer = self._sitting
+            return self._sit(address)
+
+    def _sit(self, address: str | None) -> StudyResult:
         # A local session's workers share the driver's cores; it starts while the data are being read.
         concurrency, cpus, gpus = self._shares(None)
         self.diary = Diary(self.directory.parent, self.directory.name, lambda text: self._tell("note", text))
@@ -292,6 +299,7 @@ class _Study:
             self.objective = next(
                 ((name, way) for name, way in self.objectives.items() if name.startswith("val/")), OBJECTIVE[kind]
             )
+            self._sitting.measures(*self.objective)
             self.space = Space.parse(self.asked.space)
             for key in self.asked.space:
                 if key.split(".")[0] in FIXED:

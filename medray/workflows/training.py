@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from medray.config.compose import build_experiment, compose
+from medray.config.compose import Composed, build_experiment, compose
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.loader import train_loader
@@ -22,15 +22,17 @@ from medray.engines.ray.session import ray_session, usable_cpus
 from medray.errors import ConfigError, MissingDependencyError, OutOfMemoryError, TrainingError
 from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model
-from medray.tracking import NullTracker, TensorBoardTracker, Tracker
+from medray.tracking import NullTracker, TensorBoardTracker, Tracker, Trackers
 from medray.train.fit import fit
 from medray.train.precision import resolve_device
 from medray.train.progress import FitResult, Progress
 from medray.train.runtime import LocalRuntime, Runtime
 from medray.workflows.events import Observer, StudyEvent
+from medray.workflows.examples import Examples
 from medray.workflows.judging import OBJECTIVE, Direction, make_validate
 from medray.workflows.planning import default_cache, dump, prepare_directory
 from medray.workflows.recipe import Recipe
+from medray.workflows.sitting import Sitting, sitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,19 +176,28 @@ def _train_here(
     kind, classes = manifest.task, outputs(manifest)
     if tracker is None:
         tracker = TensorBoardTracker(directory / "tensorboard") if runtime.is_main else NullTracker()
+    examples = Examples(store, Trackers([tracker]))
+
+    def validated(progress: Progress) -> bool:
+        examples.draw(progress)
+        return on_validation is not None and on_validation(progress)
+
     result = fit(
         experiment,
         new_model(experiment, manifest),
         train_loader(store, run.indices, experiment, kind=kind, num_classes=classes),
         build_loss(experiment.loss, kind=kind, num_classes=classes),
-        validate=make_validate(store, splits.val, experiment, kind=kind, num_classes=classes, runtime=runtime),
+        validate=make_validate(
+            store, splits.val, experiment, kind=kind, num_classes=classes, runtime=runtime, examples=examples
+        ),
         objective=run.objective,
         runtime=runtime,
         run_dir=directory,
         tracker=tracker,
-        on_validation=on_validation,
+        on_validation=validated,
         deadline=None if run.deadline is None else time.monotonic() + run.deadline - time.time(),
     )
+    tracker.close()
     if runtime.is_main:
         _save_trained(directory, result)
 
@@ -224,7 +235,7 @@ def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
         return experiment
     begun = build_experiment(compose(path, []).explicit)
     asked = experiment.train
-    parts = {"workers": asked.workers, "min_workers": asked.min_workers, "micro_batch": asked.micro_batch}
+    parts = {name: getattr(asked, name) for name in ("workers", "min_workers", "micro_batch", "checkpointing")}
     begun = begun.model_copy(update={"train": begun.train.model_copy(update=parts)})
     same = begun.model_copy(update={"train": begun.train.model_copy(update={"budget": asked.budget})})
     return begun if same == experiment else experiment
@@ -299,13 +310,17 @@ def train_experiment(
     Raises:
         ConfigError: ``out`` holds a run already and ``resume`` is off, or a field is refused.
     """
-    started = time.monotonic()
     if (out / "experiment.yaml").exists() and not resume:
         raise ConfigError(f"{out} holds a run already. Go on with it by --resume, or choose another folder with --out")
     composed = compose(path, overrides)
+    with sitting(out, "train", observer=observer) as notify:
+        return _train_composed(composed, out, address, notify)
+
+
+def _train_composed(composed: Composed, out: Path, address: str | None, notify: Sitting) -> Trained:
+    started = time.monotonic()
     source = str(composed.explicit.get("data") or Experiment().data)
     task = str((composed.explicit.get("task") or {}).get("kind", "auto"))
-    notify = observer or (lambda _: None)
     if not (out / "fingerprint.json").exists():
         notify(StudyEvent(kind="stage", text=f"checking {source}"))
         prepare_directory(source, out, task=task, split=composed.explicit.get("split"))
@@ -314,6 +329,7 @@ def train_experiment(
     if experiment.train.budget is not None:
         recipe = replace(recipe, horizon=experiment.train.budget)
         experiment = recipe.experiment()
+    notify.measures(*OBJECTIVE[recipe.manifest.task])
 
     def progress(at: Progress) -> bool:
         notify(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medray import logs
 from medray.search.trial import Report, TrialOutcome, TrialTask
 from medray.train.precision import resolve_device
 from medray.train.progress import Progress
@@ -116,6 +117,7 @@ class FinalTask:
 def run_final(task: FinalTask) -> None:
     """Train a finalist; its files lie in its folder. A second call goes on where the first was interrupted."""
     begun = time.time()
+    logs.bind(final=Path(task.directory).name)
     experiment = task.recipe.experiment(task.params, budget=max(1.0, task.seconds), twin=task.twin)
     train_model(
         task.recipe,

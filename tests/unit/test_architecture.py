@@ -25,7 +25,7 @@ PACKAGE = ROOT / "medray"
 
 STEPS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("tracking", "config"),
+    ("tracking", "logs", "config"),
     ("data", "models", "learn"),
     ("plan",),
     ("predict", "train"),
@@ -52,6 +52,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "mlflow": ("medray.tracking",),
     "tensorboard": ("medray.tracking",),
     "torch.utils.tensorboard": ("medray.tracking",),
+    "structlog": ("medray.logs",),
     "typer": ("medray.cli",),
     "rich": ("medray.cli",),
     "monai": TORCH_VISION_DOORS,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from medray import logs
+
 T = TypeVar("T")
 
 RETRIES = 2
@@ -36,8 +38,9 @@ def call_all(
     import ray
 
     environment = {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, runtime_env=environment)(function)
-    references = [remote.remote(task) for task in tasks]
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, runtime_env=environment)(_call)
+    where = logs.destination()
+    references = [remote.options(name=function.__name__).remote(function, task, where) for task in tasks]
     pending = list(references)
     try:
         while pending:
@@ -51,3 +54,8 @@ def call_all(
         for reference in pending:
             ray.cancel(reference, force=True)
     return [ray.get(reference) for reference in references]
+
+
+def _call(function: Callable[[Any], T], task: Any, where: logs.Destination | None) -> T:
+    logs.join(where)
+    return function(task)

@@ -23,6 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from medray import logs
 from medray.engines.ray.session import quiet_environment
 from medray.engines.ray.worker import MESSAGE, Message, TrialActor
 from medray.errors import StudyError
@@ -76,7 +77,8 @@ def run_trials(
     bundle = {"memory": 1} if in_group else {"CPU": cpus_per_trial, "GPU": gpus_per_trial}
     resources = tune.PlacementGroupFactory([bundle])
     trainable = tune.with_resources(
-        tune.with_parameters(TrialActor, function=function, payload=payload), resources=resources
+        tune.with_parameters(TrialActor, function=function, payload=payload, where=logs.destination()),
+        resources=resources,
     )
     scratch_root = Path(directory) / ".ray"
     scratch_root.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ray import tune
 
+from medray import logs
 from medray.search.trial import TrialFunction, TrialOutcome, TrialReport, TrialTask
 
 MESSAGE = "message"
@@ -96,9 +97,11 @@ class TrialActor(tune.Trainable):
         os.environ["OMP_NUM_THREADS"] = str(config["threads"])
         super().__init__(config, **options)
 
-    def setup(self, config: dict[str, Any], *, function: TrialFunction, payload: Any) -> None:
-        """Begin the first trial of this process."""
-        self._function, self._payload = function, payload
+    def setup(
+        self, config: dict[str, Any], *, function: TrialFunction, payload: Any, where: logs.Destination | None = None
+    ) -> None:
+        """Begin the first trial of this process, which logs to ``where``."""
+        self._function, self._payload, self._where = function, payload, where
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -118,4 +121,5 @@ class TrialActor(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         task: TrialTask = config["task"]
+        logs.join(self._where, trial=task.number)
         self._run = _Run(self._function, replace(task, payload=self._payload), config["threads"])
