@@ -32,6 +32,9 @@ OWN_FAMILY = "U-Net"
 WIDTH, NARROW = 32, 16
 """Of a U-Net's first level. Multiples of 16, the channels that a CPU's kernels take at once: a step of width 24 costs
 2.5 times one of 16, and 32 hardly more than 24."""
+CHECKPOINTED = 0.6
+"""Share of the memory that a network with gradient checkpointing fills: what it still keeps, and what one segment
+computes again."""
 PATIENT = 1800.0
 """Seconds of training from which a CPU gets the wide network. In minutes its fewer steps cost more than its width
 brings (hippocampus, validation Dice after 330 s: .8892 with 16, .8815 with 24)."""
@@ -162,7 +165,7 @@ def _segmentation(
     config = ModelConfig.model_validate(model)
     multiple, smallest = spec.divisor(config, ndim), spec.smallest(config, ndim)
     patch_size = [max(smallest, math.ceil(n / multiple) * multiple) for n in wanted]
-    batch = _segmentation_batch(patch_size, width, machine, fingerprint)
+    batch, checkpointing = _segmentation_batch(patch_size, width, machine, fingerprint)
     foreground = 1.0 - fingerprint.class_fraction.get(fingerprint.classes[0], 0.0)
     covers = all(p >= n for p, n in zip(patch_size, geometry.shape, strict=True))
     patches = math.prod(geometry.shape) / math.prod(patch_size)
@@ -174,6 +177,7 @@ def _segmentation(
         "train": {
             "patch_size": patch_size,
             "batch_size": batch,
+            "checkpointing": checkpointing,
             "samples_per_case": 1 if covers else min(16, max(2, round(patches))),
             "foreground": 0.0 if covers else (0.5 if foreground < 0.02 else 0.33),
             "ema": 0.99,
@@ -195,12 +199,18 @@ def _shrink(shape: list[float], voxels: int) -> list[float]:
     return shape
 
 
-def _segmentation_batch(patch: list[int], width: int, machine: Machine, fingerprint: Fingerprint) -> int:
+def _segmentation_batch(patch: list[int], width: int, machine: Machine, fingerprint: Fingerprint) -> tuple[int, str]:
     # A U-Net keeps about 40 maps of its first width for backward, all levels counted, at 4 bytes.
     per_sample = math.prod(patch) * width * 40 * 4
-    fits = max(1, machine.training_memory // max(per_sample, 1))
     sensible = (8 if fingerprint.ndim == 2 else 2) if machine.device == "cpu" else (32 if fingerprint.ndim == 2 else 8)
-    return int(max(1, min(fits, sensible, max(1, fingerprint.cases))))
+    return _fitting(min(sensible, max(1, fingerprint.cases)), per_sample, machine)
+
+
+def _fitting(batch: int, per_sample: int, machine: Machine) -> tuple[int, str]:
+    """As much of a batch as memory holds, and ``train.checkpointing``: it costs time, so only where it lets in more."""
+    if batch * per_sample <= machine.training_memory:
+        return batch, "off"
+    return max(1, min(batch, int(machine.training_memory // (per_sample * CHECKPOINTED)))), "auto"
 
 
 def _classification(fingerprint: Fingerprint, machine: Machine, spec: ModelSpec) -> Tree:
@@ -213,8 +223,8 @@ def _classification(fingerprint: Fingerprint, machine: Machine, spec: ModelSpec)
     imbalance = max(share) / min(share)
     multilabel = fingerprint.task == "multilabel"
     sensible = max(4, min(128, (2**21 if gpu else 2**17) // pixels))
-    fits = max(1, machine.training_memory // (pixels * 64 * 4 * 16))
-    batch = int(max(2, min(sensible, fits, max(2, fingerprint.cases // 8))))
+    wanted = min(sensible, max(2, fingerprint.cases // 8))
+    batch, checkpointing = _fitting(wanted, pixels * 64 * 4 * 16, machine)
     weights = None
     if imbalance > 1.5 and not multilabel:
         # Square-root weights: half way between the data's frequencies and equal classes.
@@ -226,7 +236,14 @@ def _classification(fingerprint: Fingerprint, machine: Machine, spec: ModelSpec)
         "loss": {"name": "bce" if multilabel else "cross_entropy", "label_smoothing": 0.05, "class_weights": weights},
         "optim": {"name": "adamw", "lr": 1e-3 if max(size) <= SMALL_IMAGE else 3e-4, "weight_decay": 5e-2},
         "schedule": {"name": "cosine", "warmup": 0.05},
-        "train": {"batch_size": batch, "patch_size": None, "ema": 0.99, "foreground": 0.0, "epochs": 60},
+        "train": {
+            "batch_size": max(2, batch),
+            "checkpointing": checkpointing,
+            "patch_size": None,
+            "ema": 0.99,
+            "foreground": 0.0,
+            "epochs": 60,
+        },
         "inference": {"overlap": 0.0},
     }
 

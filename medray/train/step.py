@@ -42,6 +42,8 @@ class Stepper:
         largest: samples of a batch that any process has, where several share it; None: as many as this one.
         clip_norm: largest norm of the gradient; 0 for no limit.
         channels_last: what :func:`~medray.train.precision.lay_out` said of the model.
+        first: handed the first one or two images, once, before anything is learnt from them; under the autocast of
+            training.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Stepper:
         largest: int | None = None,
         clip_norm: float,
         channels_last: bool,
+        first: Callable[[Tensor], object] | None = None,
     ) -> None:
         self.model, self.optimizer, self.criterion, self.runtime = model, optimizer, criterion, runtime
         self.precision, self.micro_batch, self.clip_norm = precision, micro_batch, clip_norm
         self.largest = largest
-        self.channels_last = channels_last
+        self.channels_last, self._first = channels_last, first
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self._skipped = 0
@@ -80,6 +83,10 @@ class Stepper:
             OutOfMemoryError: not even one sample fits.
         """
         images, targets = self._fetch(batch)
+        if self._first is not None:
+            with autocast(self.precision, self.runtime.device):
+                self._first(images[: min(2, self.micro_batch or 2)])
+            self._first = None
         random = self._random_state()
         loss = self._gradients_that_fit(images, targets, random)
         value = float(loss)
