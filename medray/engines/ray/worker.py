@@ -95,31 +95,38 @@ class TrialActor(tune.Trainable):
     def __init__(self, config: dict[str, Any], **options: Any) -> None:
         # Before the trial's function is unpickled, which imports torch: OpenMP reads it once.
         os.environ["OMP_NUM_THREADS"] = str(config["threads"])
+        self._run: _Run | None = None
         super().__init__(config, **options)
 
     def setup(
         self, config: dict[str, Any], *, function: TrialFunction, payload: Any, where: logs.Destination | None = None
     ) -> None:
-        """Begin the first trial of this process, which logs to ``where``."""
+        """What all trials of this process share; they log to ``where``."""
         self._function, self._payload, self._where = function, payload, where
-        self._begin(config)
+        self._config = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in the same process, once the former has unwound."""
-        if not self._run.stop(_UNWIND_SECONDS):
+        """Make ready for another trial in the same process, once the former has unwound."""
+        if self._run is not None and not self._run.stop(_UNWIND_SECONDS):
             return False
-        self._begin(new_config)
+        self._config, self._run = new_config, None
         return True
 
     def step(self) -> dict[str, Any]:
-        """The trial's next message."""
+        """The trial's next message; the first call begins it.
+
+        Not the constructor: while a process starts, Tune may give its trial to one that has become free.
+        """
+        if self._run is None:
+            self._run = self._begin(self._config)
         return {MESSAGE: self._run.next()}
 
     def cleanup(self) -> None:
         """Tell the function to stop; it is not waited for, since a checkpoint is safe to kill at any instant."""
-        self._run.stop(1.0)
+        if self._run is not None:
+            self._run.stop(1.0)
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _begin(self, config: dict[str, Any]) -> _Run:
         task: TrialTask = config["task"]
         logs.join(self._where, trial=task.number)
-        self._run = _Run(self._function, replace(task, payload=self._payload), config["threads"])
+        return _Run(self._function, replace(task, payload=self._payload), config["threads"])

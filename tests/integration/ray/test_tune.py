@@ -120,7 +120,7 @@ def test_trials_run_in_one_process_and_are_stopped_early(tmp_path: Path) -> None
 
 
 def test_two_at_a_time(tmp_path: Path) -> None:
-    driver, events = run(tmp_path, train, trials=6, concurrency=2, payload={"sleep": 0.2})
+    driver, events = run(tmp_path, train, trials=6, concurrency=2, payload={"sleep": 0.6})
     with driver:
         assert driver.counts()["completed"] == 6
         assert len({record.extras["pid"] for record in driver.records()}) == 2
