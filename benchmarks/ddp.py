@@ -86,6 +86,8 @@ def run(quick: bool) -> Result:
 def _interval(count: int, statistic: Callable[[Any], float]) -> Figure:
     from medray.learn.intervals import bootstrap
 
+    if count < 3:
+        return Figure(value=statistic(np.arange(count)))
     return Figure(**bootstrap(np.arange(count), statistic, method="percentile")._asdict())
 
 

@@ -51,7 +51,7 @@ class Account:
 
 def run(quick: bool) -> Result:
     """Kills, runs that did not complete, epochs missing or trained twice, distance to the undisturbed run."""
-    wanted, epochs = (1, 4) if quick else (20, 60)
+    wanted, epochs = (1, 30) if quick else (20, 200)
     generator = random.Random(0)
     account = Account(epochs=epochs)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,10 @@ def run(quick: bool) -> Result:
         reference = [] if quick else _history(_undisturbed(work))
         kills = [(VICTIMS[i % 3], generator.uniform(0.5, 6.0)) for i in range(wanted)]
         while kills and not account.incomplete:
+            before = len(kills)
             _disturbed(work, kills, reference, account)
+            if len(kills) == before:  # the machine is too fast for that moment
+                kills[0] = (kills[0][0], kills[0][1] / 2)
     figures = {
         "kills": Figure(value=sum(account.kills.values())),
         **{f"kills, {name}": Figure(value=count) for name, count in account.kills.items()},

@@ -20,8 +20,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "MEDRAY_BENCH_RUNS": str(tmp_path_factory.mktemp("runs"))}
 
 
-# The crash benchmark's own loop is what tests/integration/ray/test_crash.py runs.
-@pytest.mark.parametrize("name", [name for name in names() if name != "crash"])
+ELSEWHERE = {"crash", "faults"}
+"""A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE])
 def test_quick(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, env=environment)
