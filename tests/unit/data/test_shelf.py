@@ -20,7 +20,6 @@ from medray.data.manifest import Manifest
 from medray.errors import ConfigError, DataError
 from tests.unit.data.test_cache import CONFIG, folder_of_pictures
 
-
 MANIFESTS: dict[Path, Manifest] = {}  # the pictures are written once: their times count
 
 
