@@ -7,10 +7,11 @@ that can't be written costs a note, never the study: the study's own folder is t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Diary:
 
     Args:
         folder: where the runs lie.
-        study: its name, which is the MLflow experiment's.
+        study: the name of its folder there, which is the MLflow experiment's.
         note: told, once, where the store can't be written.
     """
 
@@ -43,7 +44,7 @@ class Diary:
         self._entries.put(lambda: self._open().params(params))
 
     def trial(self, number: int, state: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """A trial that has ended."""
+        """A trial that has ended; its curves are taken from its ``result.json``, where it has come to one."""
         params, metrics = dict(params), dict(metrics)
 
         def write() -> None:
@@ -52,7 +53,10 @@ class Diary:
                 self._folder, self._study, f"trial {number}", parent=parent.run_id, tags={"medray.state": state}
             )
             tracker.params(params)
-            tracker.scalars(metrics, 0)
+            step = 0
+            for step, row in _curves(self._folder / self._study / "trials" / f"{number:04d}" / "result.json"):
+                tracker.scalars(row, step)
+            tracker.scalars(metrics, step)
             tracker.close("FAILED" if state == "failed" else "FINISHED")
 
         self._entries.put(write)
@@ -86,3 +90,12 @@ class Diary:
             except Exception as error:  # whatever MLflow or its database raise: the study goes on
                 self._note(f"MLflow takes no entries ({error}); the study's folder has everything")
                 return
+
+
+def _curves(result: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(optimiser step, figures) of each validation in a trial's ``result.json``."""
+    if not result.is_file():
+        return
+    for row in json.loads(result.read_text(encoding="utf-8"))["history"]:
+        figures = {name: float(row[name]) for name in row if name.startswith("val/")}
+        yield int(row["step"]), {"train/mean_loss": float(row["loss"]), "train/lr": float(row["lr"]), **figures}

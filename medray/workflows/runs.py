@@ -114,6 +114,8 @@ def _study(folder: Path, name: str, changed: float | None) -> RunInfo:
     objectives = dict(asked.get("objectives") or {})
     metric = stored.get("metric") or next((key for key in objectives if key.startswith("val/")), None)
     best, text, trials = stored.get("best"), _said(state, stored), dict(stored.get("trials") or {})
+    if state != "running" and "running" in trials:
+        trials["running"] = 0  # a process that was killed could not say so
     if not stored:
         best, metric, trials = _from_trials(folder, metric, objectives.get(metric or "", "max"))
     spent = _json(folder / "clock.json").get("spent") if (folder / "clock.json").exists() else stored.get("elapsed")
