@@ -174,3 +174,14 @@ def test_a_log_that_cannot_be_written_costs_one_warning_not_the_run(
         logs.event("one")
         logs.event("two")
     assert capsys.readouterr().err.count("takes no more lines") == 1
+
+
+def test_a_programme_that_configured_nothing_still_sees_warnings(tmp_path: Path) -> None:
+    script = (
+        "import logging, sys\nfrom pathlib import Path\nfrom medray import logs\n"
+        "with logs.recording(Path(sys.argv[1]), run='x'):\n"
+        "    logging.getLogger('medray.train').warning('the micro-batch is halved')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "warning: the micro-batch is halved\n"
+    assert [row["event"] for row in rows(tmp_path / "log.jsonl")] == ["the micro-batch is halved"]
