@@ -178,6 +178,15 @@ def test_the_batch_fits_the_memory():
     assert planned(found, LAPTOP).train.batch_size == 2
 
 
+def test_checkpointing_is_for_a_batch_that_does_not_fit():
+    found = fingerprint(modality="MR", shape=(240, 240, 155))
+    tight = Machine(cpus=2, memory=int(1.4 * GIB))
+    assert planned(found, LAPTOP).train.checkpointing == "off"
+    assert (planned(found, tight).train.checkpointing, planned(found, tight).train.batch_size) == ("auto", 2)
+    assert planned(FINGERPRINTS["medmnist"], LAPTOP).train.checkpointing == "off"
+    assert planned(FINGERPRINTS["medmnist"], TINY).train.checkpointing == "auto"
+
+
 def test_the_patch_follows_the_images_shape():
     """A flat volume gets a flat patch; no axis is larger than the image by more than its padding."""
     patch = planned(FINGERPRINTS["flat volume"]).train.patch_size
