@@ -31,6 +31,7 @@ from medray.engines.ray.remote import call_all
 from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
 from medray.errors import ConfigError, StudyError
+from medray.plan.machine import Machine
 from medray.search.budget import plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
@@ -196,6 +197,10 @@ def _set_aside(directory: Path) -> None:
             path.rename(directory / f"{stem}-{number}{suffix}")
 
 
+def _look_around(_: None) -> Machine:
+    return Machine.here()
+
+
 class _Study:
     """One sitting of a study."""
 
@@ -242,6 +247,7 @@ class _Study:
         with ray_session(address=address, threads=cpus) as session:
             if not session.is_local:
                 concurrency, cpus, gpus = self._shares(session)
+            self.machine = self._machine(session)
             self._prepare()
             records, importance, sampler = self._search(concurrency, cpus, gpus)
             finalists = self._final(records, session)
@@ -291,6 +297,7 @@ class _Study:
                 directory=str(self.directory),
                 explicit=self.explicit,
                 cache=str(cache),
+                machine=self.machine,
                 horizon=study.budget * (1.0 - study.search_share) / 2,  # there are two finalists, as a rule
             )
             default = self.recipe.experiment()
@@ -496,16 +503,25 @@ class _Study:
     def _shares(self, session: RaySession | None) -> tuple[int, int, float]:
         """Trials at once, CPUs and GPUs of each."""
         cpus = int(session.cpus) if session else usable_cpus()
+        most = int(min(cpus, session.most_cpus * self.workers)) if session else cpus  # what one machine can give
         gpus = session.gpus if session else float(Recipe(directory="", explicit={}, cache="").machine.gpus)
         if gpus >= 1:
             concurrency = self.asked.study.concurrency or max(1, int(gpus) // self.workers)
             share = 1.0 if self.workers > 1 else min(1.0, gpus / concurrency)
-            return concurrency, max(self.workers, cpus // max(concurrency, 1)), share
+            return concurrency, max(self.workers, min(most, cpus // max(concurrency, 1))), share
         # Two processes on two cores give 1.13 times the throughput of one with two threads, but half the pace of each
         # trial: from four cores on, trials run side by side.
         concurrency = self.asked.study.concurrency or max(1, cpus // max(2, self.workers))
         concurrency = min(concurrency, max(1, cpus // self.workers))
-        return concurrency, max(1, cpus // concurrency), 0.0
+        return concurrency, max(1, min(most, cpus // concurrency)), 0.0
+
+    def _machine(self, session: RaySession) -> Machine:
+        """What the plan is made for: on a cluster with GPUs a machine that has one, which the driver's may not."""
+        here = Machine.here()
+        if session.is_local or session.gpus < 1 or here.gpus:
+            return here
+        self._tell("stage", "waiting for a machine with a GPU")
+        return call_all(_look_around, [None], cpus=1, gpus=1)[0]
 
     def _on_trial(self, event: TrialEvent) -> None:
         kinds: dict[str, Kind] = {

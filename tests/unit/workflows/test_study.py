@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from medray.config.schema import StudyConfig
+from medray.engines.ray.session import RaySession
 from medray.errors import ConfigError, StudyError
 from medray.report.data import Gain, Interval
 from medray.search.trial import TrialRecord
 from medray.workflows.conclusion import Concluded, _headline, _leaderboard
-from medray.workflows.study import Asked, _new, _resumed, _save_asked, expected_gain
+from medray.workflows.study import Asked, _new, _resumed, _save_asked, _Study, expected_gain
 
 SPACE = """
 data: phantom://ct-lesions?cases=6&size=16
@@ -195,3 +196,22 @@ def test_the_headline_says_what_was_measured_where():
     )
     assert "nothing better" in _headline("default", "dice", won)
     assert "optimistic" in _headline("trial-3", "dice", gain(measured_on="validation"))
+
+
+@pytest.mark.parametrize(
+    ("session", "concurrency", "shares"),
+    [
+        (RaySession(cpus=8, gpus=0, is_local=False, most_cpus=4), 1, (1, 4, 0.0)),
+        (RaySession(cpus=8, gpus=0, is_local=False, most_cpus=4), None, (4, 2, 0.0)),
+        (RaySession(cpus=40, gpus=4, is_local=False, most_cpus=16), 2, (2, 16, 1.0)),
+        (RaySession(cpus=32, gpus=4, is_local=False, most_cpus=8), None, (4, 8, 1.0)),
+    ],
+)
+def test_a_trial_asks_for_no_more_than_one_machine_has(
+    session: RaySession, concurrency: int | None, shares: tuple[int, int, float]
+) -> None:
+    """One that asked for more would wait for ever."""
+    study = object.__new__(_Study)
+    study.workers = 1
+    study.asked = SimpleNamespace(study=SimpleNamespace(concurrency=concurrency))
+    assert study._shares(session) == shares
