@@ -85,6 +85,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train": {"micro_batch": 2}},
     "EMA, AdamW": {"kind": "classification", "loss": {"name": "cross_entropy"}, "optim": {"name": "adamw", "lr": 1e-3},
         "train": {"ema": 0.9}},
+    "checkpointing, batch-norm and Dice": {"kind": "segmentation", "norm": True,
+        "loss": {"name": "dice_ce", "batch_dice": True}, "train": {"checkpointing": 1}},
+    "checkpointing, micro-batches": {"kind": "segmentation", "loss": {"name": "dice_ce", "batch_dice": True},
+        "train": {"checkpointing": 1, "micro_batch": 2}},
 }  # fmt: skip
 
 
