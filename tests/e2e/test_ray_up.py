@@ -1,0 +1,56 @@
+"""`ray up cluster.onprem.yaml`, `medray submit`, `ray down`: on a head and a worker that are namespaces here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STAGE = Path(__file__).with_name("ray_up_stage.py")
+APART = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+
+
+def lacking() -> str | None:
+    for program, package in (("/usr/sbin/sshd", "openssh-server"), ("rsync", "rsync"), ("ip", "iproute2")):
+        if shutil.which(program) is None:
+            return f"{program} is not installed (Debian's {package})"
+    try:
+        done = subprocess.run([*APART, "true"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no namespaces: {error}"
+    return None if done.returncode == 0 else f"no namespaces: {done.stderr.strip()}"
+
+
+@pytest.mark.timeout(420)
+def test_the_documented_commands_bring_a_cluster_up_run_on_it_and_end_it(tmp_path: Path) -> None:
+    reason = lacking()
+    if reason:
+        pytest.skip(reason)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [*APART, sys.executable, str(STAGE), "laptop", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the namespace's first process dies with it, and with that all
+    said: dict[str, dict[str, Any]] = {one["name"]: one for one in map(json.loads, out.splitlines())}
+    assert said.get("up", {}).get("code") == 0, (said.get("up"), err)
+    assert said["status"]["machines"] == 2, said["status"]
+    assert said["submit"]["code"] == 0 and "4 cases" in said["submit"]["out"], said["submit"]
+    assert said["before"]["out"].strip() == "2", "one raylet a machine"
+    assert said["down"]["code"] == 0, said["down"]
+    assert said["after"]["out"].strip() == "0", "the worker ends when its head is gone"
