@@ -36,6 +36,8 @@ except ZeroDivisionError:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():  # the first line makes it
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
