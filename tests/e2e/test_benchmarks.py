@@ -1,4 +1,7 @@
-"""Every benchmark runs by the path of its full size, at a size that ends in about a minute."""
+"""Benchmarks run by the path of their full size, at a size that ends in about a minute.
+
+Those that take longer even so are left to ``make bench-quick``: the whole of ``make test`` has half an hour.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ ELSEWHERE = {"crash", "faults"}
 """A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE])
+LONG = {"baseline", "overhead"}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE | LONG])
 def test_quick(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, env=environment)
