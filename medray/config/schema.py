@@ -166,7 +166,7 @@ class TrainConfig(Section):
     checkpointing: int | Literal["off", "auto"] = Field(
         "off",
         description="run parts of the network again in the backward pass instead of keeping what they computed: off, "
-        "auto (half the memory for about a fifth of the time), or into how many segments to cut it",
+        "auto (about half of what is kept, for some 30 % longer steps at most), or into how many segments to cut it",
     )
     patch_size: tuple[int, ...] | None = Field(None, description="null: the whole (prepared) image")
     samples_per_case: int = Field(1, ge=1, description="patches of one case in one epoch")

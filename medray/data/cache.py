@@ -107,11 +107,11 @@ class PreparedStore:
                             _build(manifest, preprocessor, directory, path, digest, progress)
                     shelf.trim(directory, most, keep=path)
                 return cls(path, manifest)
-            except FileNotFoundError:  # trimmed away by another process between two lines
-                if last:
-                    raise
             except OSError as error:
-                if not last and error.errno in (errno.ENOSPC, errno.EDQUOT) and shelf.trim(directory, 0):
+                # Trimmed away by another process between two lines; or full, and there was something to trim.
+                gone = isinstance(error, FileNotFoundError)
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not last and (gone or (full and shelf.trim(directory, 0))):
                     continue
                 raise DataError(
                     f"{directory}: the prepared images can't be written ({error.strerror or error}). Free some "

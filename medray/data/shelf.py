@@ -2,12 +2,14 @@
 
 Locks are the kernel's (flock): a process that is killed lets go of them by dying. A store is held, shared, by everyone
 who has it open; one that nobody holds may be removed. Even one that is removed from under a reader stays readable
-through the mapping that the reader has.
+through the mapping that the reader has. On a file system without locks nothing is removed, and several may build the
+same at once, which costs time and no more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -116,7 +118,7 @@ def hold(path: Path) -> BinaryIO:
     """
     file = (path / STATEMENT).open("rb")
     try:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _lock(file, fcntl.LOCK_SH)
         with contextlib.suppress(OSError):  # a cache that others own can be read all the same
             os.utime(path / STATEMENT)
         if not (path / STATEMENT).exists():
@@ -134,7 +136,7 @@ def builder(directory: Path, name: str) -> Iterator[None]:
     path = directory / f".{name}.lock"
     while True:
         with path.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, fcntl.LOCK_EX)
             if not _is_same(path, file):  # whom we waited for has removed it on leaving
                 continue
             try:
@@ -142,6 +144,14 @@ def builder(directory: Path, name: str) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _lock(file: BinaryIO, kind: int) -> None:
+    try:
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def _is_same(path: Path, file: BinaryIO) -> bool:

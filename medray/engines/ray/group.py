@@ -140,9 +140,9 @@ class _PartOfBatch(nn.Module):
     def _gather(self, own: Tensor) -> Tensor:
         if self._runtime.size == 1:
             return own
-        if own.is_floating_point():
+        if own.is_floating_point() or own.ndim == 1:
             return self._runtime.gather(own)
-        # Classes and the ignored value are below 256: an eighth of the bytes.
+        # A mask's classes and its ignored value are below 256: an eighth of the bytes.
         return self._runtime.gather(own.to(torch.uint8)).to(own.dtype)
 
 

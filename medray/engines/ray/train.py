@@ -70,7 +70,7 @@ def run_group(
         function: importable by name; what it makes lies in files.
         task: picklable.
         size: of the group.
-        on_progress: called in this process, in a thread of its own, with what rank 0 reports; True stops the run.
+        on_progress: called in this process with what rank 0 reports, which waits for the answer; True stops the run.
         failures: times that the group may be brought back.
 
     Raises:
@@ -78,8 +78,6 @@ def run_group(
         TrainingError: another error of the function, with the worker's traceback; or processes died too often.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     scratch = tempfile.mkdtemp(prefix="medray-group-")
@@ -87,55 +85,21 @@ def run_group(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_concurrency=size.workers + 2, scheduling_strategy=here)
     mailbox = remote(_Mailbox).remote()
-    trainer_options: dict[str, Any] = {
-        "train_loop_config": {
-            "function": function,
-            "task": task,
-            "size": size,
-            "mailbox": mailbox,
-            "where": logs.destination(),
-        },
-        "torch_config": TorchConfig(backend="nccl" if size.gpus else "gloo", timeout_s=_COLLECTIVE_SECONDS),
-        "scaling_config": ScalingConfig(
-            num_workers=size.workers if size.least in (None, size.workers) else (size.least, size.workers),
-            use_gpu=bool(size.gpus),
-            resources_per_worker={"CPU": size.cpus, **({"GPU": size.gpus} if size.gpus else {})},
-        ),
-        "run_config": RunConfig(
-            name="group",
-            storage_path=scratch,
-            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
-        ),
-    }
-    ended: list[BaseException | None] = []
-
-    def fit() -> None:
-        try:
-            TorchTrainer(_work, **trainer_options).fit()
-            ended.append(None)
-        except BaseException as error:
-            ended.append(error)
-
+    config = {
+        "function": function, "task": task, "size": size, "mailbox": mailbox, "where": logs.destination(),
+    }  # fmt: skip
     try:
         with quiet_environment(), _train_environment():
-            # In a thread: in the main one Ray Train would take SIGINT for itself, for good.
-            thread = threading.Thread(target=fit, name="medray-group", daemon=True)
-            thread.start()
-            while thread.is_alive():
-                with contextlib.suppress(ray.exceptions.GetTimeoutError):
-                    said = ray.get(mailbox.next.remote(0.5), timeout=30.0)
-                    if said is not None:
-                        number, progress = said
-                        ray.get(mailbox.answer.remote(number, bool(on_progress(progress))))
+            ended = _fit_and_listen(lambda: _trainer(config, size, failures, scratch).fit(), mailbox, on_progress)
         failure = ray.get(mailbox.failure.remote())
         if failure is not None:
             raise failure.revive()
-        if ended and ended[0] is not None:
+        if ended is not None:
             raise TrainingError(
                 f"{size.workers} processes that trained together were lost more than {failures} times, the last time "
-                f"by: {_last_line(ended[0])}. The run's checkpoint is whole: see the machines' memory and "
+                f"by: {_last_line(ended)}. The run's checkpoint is whole: see the machines' memory and "
                 f"logs, then go on with --resume"
-            ) from ended[0]
+            ) from ended
     except ray.exceptions.RayError as error:
         raise TrainingError(
             f"Ray itself ended while {size.workers} processes trained ({_last_line(error)}). The run's checkpoint is "
@@ -145,6 +109,54 @@ def run_group(
         with contextlib.suppress(Exception):
             ray.kill(mailbox)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _trainer(config: dict[str, Any], size: GroupSize, failures: int, scratch: str) -> Any:
+    """Ray's trainer of the group; it keeps nothing of its own but a marker in ``scratch``."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        _work,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if size.gpus else "gloo", timeout_s=_COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=size.workers if size.least in (None, size.workers) else (size.least, size.workers),
+            use_gpu=bool(size.gpus),
+            resources_per_worker={"CPU": size.cpus, **({"GPU": size.gpus} if size.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name="group",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
+        ),
+    )
+
+
+def _fit_and_listen(
+    fit: Callable[[], object], mailbox: Any, on_progress: Callable[[Progress], bool]
+) -> BaseException | None:
+    """Answer what the group reports until ``fit`` has ended; the error that it ended with."""
+    import ray
+
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fit()
+        except BaseException as error:
+            ended.append(error)
+
+    # In a thread: in the main one Ray Train would take SIGINT for itself, for good.
+    thread = threading.Thread(target=run, name="medray-group", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            said = ray.get(mailbox.next.remote(0.5), timeout=30.0)
+            if said is not None:
+                number, progress = said
+                ray.get(mailbox.answer.remote(number, bool(on_progress(progress))))
+    return ended[0] if ended else None
 
 
 @dataclass(frozen=True, kw_only=True)
