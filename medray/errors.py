@@ -12,6 +12,11 @@
     │   └── OutOfMemoryError    it does not fit, even with a micro-batch of one
     ├── StudyError              a study that can't start, resume or finish
     ├── BundleError             a bundle that is missing, altered, or doesn't reproduce its golden outputs
+    ├── CompressionError        a bundle that can't be quantised, pruned or distilled as asked
+    ├── ServingError            a server that can't start, or a request that it refuses
+    ├── PrivacyError            training that would not be private as claimed, or a budget that would be overspent
+    ├── FederationError         a federation, a site or a run between them that can't start or go on
+    │   └── PolicyError         a site's own rules refuse what it was asked for
     └── MissingDependencyError  an optional library is absent; names the command that installs it
 
 A message states the value, the rule and the fix.
@@ -21,15 +26,20 @@ from __future__ import annotations
 
 __all__ = [
     "BundleError",
+    "CompressionError",
     "ConfigError",
     "DataError",
     "DownloadError",
+    "FederationError",
     "LeakError",
     "MedrayError",
     "MissingDependencyError",
     "ModelError",
     "NonFiniteLossError",
     "OutOfMemoryError",
+    "PolicyError",
+    "PrivacyError",
+    "ServingError",
     "StudyError",
     "TrainingError",
     "UnreadableError",
@@ -101,6 +111,26 @@ class StudyError(MedrayError):
 
 class BundleError(MedrayError):
     """A bundle that is missing, altered, or doesn't reproduce its golden outputs."""
+
+
+class CompressionError(MedrayError):
+    """A bundle that can't be quantised, pruned or distilled as asked."""
+
+
+class ServingError(MedrayError):
+    """A server that can't start, or a request that it refuses."""
+
+
+class PrivacyError(MedrayError):
+    """Training that would not be private as claimed, or a budget that would be overspent."""
+
+
+class FederationError(MedrayError):
+    """A federation, a site or a run between them that can't start or go on."""
+
+
+class PolicyError(FederationError):
+    """A site's own rules refuse what it was asked for."""
 
 
 class MissingDependencyError(MedrayError):
