@@ -13,6 +13,10 @@ SHORTEST_TRIAL = 8.0
 """A trial shorter than this says little: start-up and first validations fill it."""
 SMALLEST_SHARE = 0.1
 """Of the search: more trials than 1/0.1 at once are cheaper by a larger budget than by shorter trials."""
+TELLING_STEPS = 100
+"""Optimiser steps after which networks can be told apart by more than how fast they leave their first weights."""
+FEWEST = 3
+"""Trials, the default among them, that make a search."""
 _ORDERS = 100  # random orders that the expected cost of early stops is averaged over
 
 
@@ -46,11 +50,14 @@ def plan_budget(
     start_up: float = 0.0,
     finish: float = 0.0,
     overhead: float = 1.0,
+    shortest: float = SHORTEST_TRIAL,
 ) -> Budget:
     """Share out a wall-clock budget.
 
     The search gets ``search_share`` of what start-up and finish leave. Each trial gets as long as the expected number
-    of them, with early stops, allows; there are fewer trials rather than ones shorter than 8 s and a tenth of it.
+    of them, with early stops, allows; there are fewer trials rather than ones shorter than ``shortest`` and a tenth of
+    it. Where not even three of those fit (or as many as are wanted), there is no search, and its time is the final
+    fit's: trials that say nothing would choose by chance, and cost what the champion needs.
 
     Args:
         total: the whole budget.
@@ -62,18 +69,23 @@ def plan_budget(
         start_up: until the first trial begins (Ray, imports, preprocessing), as estimated or measured.
         finish: of everything after the final fit.
         overhead: per trial, beside its training (building the model, opening the cache).
+        shortest: that a trial has to train to say anything.
     """
     usable = max(0.0, total - start_up - finish)
     search_end = start_up + usable * search_share
     search = max(0.0, search_end - max(spent, start_up))
     final = max(0.0, total - finish - max(search_end, spent))
-    count, trial = _fit_trials(search, trials, max(1, concurrency), pruner, overhead)
+    count, trial = _fit_trials(search, trials, max(1, concurrency), pruner, overhead, shortest)
+    if shortest > SHORTEST_TRIAL and count < min(trials, FEWEST):
+        return Budget(search=0.0, trial=0.0, trials=0, final=search + final, finish=finish)
     return Budget(search=search, trial=trial, trials=count, final=final, finish=finish)
 
 
-def _fit_trials(search: float, wanted: int, concurrency: int, pruner: str, overhead: float) -> tuple[int, float]:
+def _fit_trials(
+    search: float, wanted: int, concurrency: int, pruner: str, overhead: float, shortest: float
+) -> tuple[int, float]:
     """The largest number of trials whose length stays sensible, and that length."""
-    shortest = max(SHORTEST_TRIAL, SMALLEST_SHARE * search)
+    shortest = max(SHORTEST_TRIAL, shortest, SMALLEST_SHARE * search)
     most = int(concurrency * (search / (RUNGS[0] * shortest) + 1)) if search > 0 else 1
     for count in range(max(1, min(wanted, most)), 0, -1):
         # No trial begins that can't end: the last on each slot needs its full length, whatever becomes of it.

@@ -32,7 +32,7 @@ from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
 from medray.errors import ConfigError, StudyError
 from medray.plan.machine import Machine
-from medray.search.budget import plan_budget
+from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
@@ -41,8 +41,9 @@ from medray.workflows.clock import Clock
 from medray.workflows.conclusion import Concluded, Conclusion, conclude, robustness_seconds
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
-from medray.workflows.judging import OBJECTIVE, Direction
+from medray.workflows.judging import GLANCE, OBJECTIVE, Direction
 from medray.workflows.planning import describe, prepare_directory
+from medray.workflows.probe import time_step
 from medray.workflows.recipe import FIXED, Recipe
 from medray.workflows.sitting import sitting
 from medray.workflows.training import Trained, load_trained, open_store
@@ -338,19 +339,10 @@ class _Study:
         study = self.asked.study
         if study.trials == 1 or not len(self.space):
             return [], {}, "none: the plan's default alone"
-        spent = self.clock.spent
-        plan = plan_budget(
-            study.budget,
-            trials=study.trials,
-            search_share=study.search_share,
-            concurrency=concurrency,
-            pruner=study.pruner,
-            spent=spent,
-            start_up=min(spent, sum(self.clock.stages.values()) - self.clock.stages.get("search", 0.0)),
-            finish=self._finish_seconds(2),
-            overhead=1.0,
-        )
         with self.clock.stage("search"), self._driver() as driver:
+            # A search that has begun goes on: whether it is worth its time was settled then.
+            telling = 0.0 if driver.records() else self._telling_seconds(cpus)
+            plan = self._budget(concurrency, telling)
             if driver.has_next and plan.search > plan.trial / 2 > 0:
                 self._tell(
                     "stage",
@@ -370,7 +362,34 @@ class _Study:
                     payload=TrialPayload(recipe=self.recipe, objective=self.objective, costs=costs),
                     on_event=self._on_trial,
                 )
+            elif telling and not driver.records():
+                self._tell("note", f"no search: of trials that tell anything ({telling:.0f} s here) too few would fit")
+                return [], {}, f"none: a trial that tells anything takes {telling:.0f} s here, too long for the budget"
             return driver.records(), dict(driver.importance().shares), driver.sampler_name
+
+    def _budget(self, concurrency: int, telling: float) -> Budget:
+        study, spent = self.asked.study, self.clock.spent
+        return plan_budget(
+            study.budget,
+            trials=study.trials,
+            search_share=study.search_share,
+            concurrency=concurrency,
+            pruner=study.pruner,
+            spent=spent,
+            start_up=min(spent, sum(self.clock.stages.values()) - self.clock.stages.get("search", 0.0)),
+            finish=self._finish_seconds(2),
+            shortest=telling,
+        )
+
+    def _telling_seconds(self, cpus: int) -> float:
+        """How long a trial has to train until its validation says more than chance; 0 where it can't be timed here."""
+        if self.workers > 1 or self.machine != Machine.here():
+            return 0.0
+        self._finish_seconds(1)  # times a case
+        assert self._case_seconds is not None
+        splits = self.recipe.splits(self.recipe.experiment())
+        validations = 2 * min(GLANCE, len(splits.val)) * self._case_seconds
+        return TELLING_STEPS * time_step(self.recipe, threads=cpus) + validations
 
     def _driver(self) -> StudyDriver:
         tree = self.recipe.experiment().model_dump(mode="json")

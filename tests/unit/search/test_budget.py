@@ -51,6 +51,15 @@ def test_hardly_any_time_gives_the_default_alone() -> None:
     assert plan(30.0).final == 0.0
 
 
+def test_no_search_where_trials_would_tell_nothing() -> None:
+    """Of trials that have to last 200 s, 460 s of search hold two full ones: their time goes to the final fit."""
+    none, some = plan(shortest=200.0), plan(shortest=100.0)
+    assert (none.search, none.trial, none.trials) == (0.0, 0.0, 0)
+    assert none.final == pytest.approx(1200.0 - 20.0 - 30.0)
+    assert some.trial >= 100.0 and some.trials >= 3
+    assert plan(shortest=200.0, trials=2).trials == 2  # who asks for two gets two
+
+
 def test_expected_cost_is_that_of_the_rule() -> None:
     """Trials in random order, judged by the rule itself, cost on average what the plan counts with."""
     generator, costs = random.Random(0), []

@@ -1,0 +1,55 @@
+"""What this machine needs for the default experiment, measured before a study shares out its time."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from medray.data.loader import train_loader
+from medray.learn.losses import build_loss
+from medray.learn.optimizers import build_optimizer
+from medray.train.precision import lay_out, resolve_device, resolve_precision
+from medray.train.runtime import LocalRuntime
+from medray.train.step import Stepper
+from medray.workflows.recipe import Recipe
+from medray.workflows.training import new_model, open_store, outputs
+
+
+def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float:
+    """Seconds of one optimiser step of the default here, its batch included: the fastest of some, after a warm-up.
+
+    Args:
+        recipe: of the study.
+        threads: that a trial computes with.
+        repeats: steps that are timed.
+    """
+    experiment, manifest = recipe.experiment(), recipe.manifest
+    kind, classes, store = manifest.task, outputs(manifest), open_store(recipe, experiment)
+    loader = train_loader(store, recipe.splits(experiment).train, experiment, kind=kind, num_classes=classes, workers=0)
+    runtime, model = LocalRuntime(resolve_device(experiment.device)), new_model(experiment, manifest).train()
+    precision = resolve_precision(experiment.train.precision, runtime.device)
+    channels_last = lay_out(model, runtime.device, precision)
+    model.to(runtime.device)
+    stepper = Stepper(
+        model,
+        build_optimizer(model, experiment.optim),
+        build_loss(experiment.loss, kind=kind, num_classes=classes),
+        runtime=runtime,
+        precision=precision,
+        micro_batch=experiment.train.micro_batch,
+        clip_norm=experiment.optim.clip_norm,
+        channels_last=channels_last,
+    )
+    endless = (batch for _ in iter(int, 1) for batch in loader)
+    before, fastest = torch.get_num_threads(), math.inf
+    torch.set_num_threads(threads)
+    try:
+        for number in range(repeats + 1):
+            began = time.monotonic()
+            stepper(next(endless), place=lambda: "the timing of a step")
+            fastest = min(fastest, time.monotonic() - began) if number else fastest
+    finally:
+        torch.set_num_threads(before)
+    return fastest
