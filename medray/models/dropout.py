@@ -76,7 +76,8 @@ def add_drop_path(model: nn.Module, rate: float) -> nn.Module:
         ResNetBottleneck: _Bottleneck,
     }
     blocks = [part for part in model.modules() if type(part) in (*swaps, BasicBlock, Bottleneck)]
-    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist(), strict=True):
+    for number, block in enumerate(blocks):
+        p = rate * number / max(1, len(blocks) - 1)
         if p == 0.0:
             continue
         cast("Any", block).drop_path = DropPath(p)  # timm's blocks look for it themselves

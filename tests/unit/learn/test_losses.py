@@ -165,7 +165,7 @@ def test_heteroscedastic_without_variance_is_cross_entropy_and_variance_takes_we
 
 def test_heteroscedastic_refuses_a_network_without_variances() -> None:
     logits, target = sample("classification")
-    with pytest.raises(ConfigError, match="model.log_variance=true"):
+    with pytest.raises(ConfigError, match=r"model\.log_variance=true"):
         make("classification", "heteroscedastic")(logits, target)
 
 
