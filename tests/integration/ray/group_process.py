@@ -97,7 +97,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "a frozen encoder, layer decay": {"kind": "classification", "norm": True, "loss": {"name": "cross_entropy"},
         "model": {"pretrained": "given.safetensors"}, "train": {"freeze_epochs": 2},
         "optim": {"name": "sgd", "lr": 0.05, "clip_norm": 1.0, "layer_decay": 0.5}},
-    "as many as fit": {"kind": "classification", "loss": {"name": "cross_entropy"}, "train": {"micro_batch": "auto"}},
+    "as many as fit": {"kind": "classification", "norm": True, "loss": {"name": "cross_entropy"},
+        "train": {"micro_batch": "auto"}},
 }  # fmt: skip
 
 
