@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from medray.config.overrides import KINDS, SOURCE, Override, check_space_key, expand_home, parse_override
 from medray.config.paths import allowed, check_path, did_you_mean, known
-from medray.config.schema import Experiment, StudyConfig
+from medray.config.schema import Experiment, StudyConfig, planned_batch
 from medray.config.yamlfile import read_yaml
 from medray.errors import ConfigError
 
@@ -120,7 +120,8 @@ def build_experiment(*layers: Mapping[str, Any], origins: Mapping[str, str] | No
     """
     merged: Tree = {}
     for layer in layers:
-        merge(merged, layer)
+        # A later "auto" leaves an earlier layer's number alone.
+        merge(merged, {key: planned_batch(value) if key == "train" else value for key, value in layer.items()})
     _check_keys(merged, (), "experiment")
     return _build(Experiment, merged, (), origins or {}, "experiment")
 

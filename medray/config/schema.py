@@ -6,6 +6,7 @@ fractions in 0..1. ``ndim`` below is the number of spatial axes, 2 (rows, column
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -41,6 +42,9 @@ def seconds(value: Any) -> Any:
             f"{value!r} is no duration; write seconds or a number with s, min, h or d, such as 20min"
         ) from None
 
+
+HETEROSCEDASTIC = ("heteroscedastic", "dice_heteroscedastic")
+"""Losses that need a log-variance beside each logit (``model.log_variance``)."""
 
 Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0, allow_inf_nan=False)]
 
@@ -121,17 +125,30 @@ class ModelConfig(Section):
     feature_size: int | None = Field(None, ge=4, le=512, description="width of the first level; null: the family's own")
     depth: int | None = Field(None, ge=2, le=8, description="resolution levels; null: the plan's or the family's own")
     dropout: Fraction = 0.0
-    drop_path: Fraction = 0.0
+    dropout_kind: Literal["standard", "spatial", "channel"] | None = Field(
+        None,
+        description="what dropout leaves out of a convolution's maps: single values, places (all channels of one), or "
+        "whole channels; null: whole channels, the family's own",
+    )
+    drop_path: Fraction = Field(0.0, description="stochastic depth: share of residual branches left out, at the last")
     deep_supervision: bool = False
+    log_variance: bool | None = Field(
+        None, description="a second output for each logit while training, its log-variance; null: where the loss asks"
+    )
     pretrained: str | None = Field(None, description="a local .safetensors file, or 'hub' for the family's own weights")
 
 
 class LossConfig(Section):
     """Losses over logits."""
 
-    name: Literal["cross_entropy", "focal", "dice", "dice_ce", "tversky", "bce"] = "dice_ce"
+    name: Literal[
+        "cross_entropy", "focal", "dice", "dice_ce", "tversky", "bce", "heteroscedastic", "dice_heteroscedastic"
+    ] = "dice_ce"
     class_weights: tuple[NonNegative, ...] | None = None
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Fraction = Field(
+        0.0, description="share of the target spread over all classes; not by Dice and Tversky"
+    )
+    samples: int = Field(8, ge=1, le=256, description="heteroscedastic: draws of the noisy logits")
     gamma: NonNegative = Field(2.0, description="focal")
     alpha: Fraction = Field(0.3, description="Tversky: weight of false positives")
     beta: Fraction = Field(0.7, description="Tversky: weight of false negatives")
@@ -144,6 +161,12 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 1e-2
     momentum: Fraction = Field(0.9, description="SGD (Nesterov)")
     clip_norm: NonNegative = Field(12.0, description="largest gradient norm; 0 for no limit")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="an encoder's block learns at this share of the next one's rate; 1: all alike"
+    )
+    sam_rho: float = Field(
+        0.0, ge=0, le=10, description="sharpness-aware: gradient taken this far uphill, twice the work; 0 for none"
+    )
 
 
 class ScheduleConfig(Section):
@@ -154,6 +177,14 @@ class ScheduleConfig(Section):
     patience: int = Field(5, ge=1, description="plateau: validations without gain before a cut by half")
 
 
+def planned_batch(train: Any) -> Any:
+    """A tree of the train section without ``batch_size: auto``: whose number is then the plan's, or the schema's."""
+    if not isinstance(train, Mapping) or train.get("batch_size") != "auto":
+        return train
+    rest = {key: value for key, value in train.items() if key != "batch_size"}
+    return {"micro_batch": "auto"} | rest
+
+
 class TrainConfig(Section):
     epochs: int = Field(100, ge=1, le=100_000, description="passes over the training cases, at most")
     budget: Duration | None = Field(
@@ -161,8 +192,17 @@ class TrainConfig(Section):
         description="seconds of training, validation included; the step count that fits is measured in the first steps "
         "ends the schedule when the time does, or after train.epochs where those take less",
     )
-    batch_size: int = Field(8, ge=1, le=8192, description="samples an optimiser step sees")
-    micro_batch: int | None = Field(None, ge=1, description="samples at once in memory; the rest is accumulated")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        le=8192,
+        description="samples an optimiser step sees; auto: the plan's number, and train.micro_batch=auto",
+    )
+    micro_batch: int | Literal["auto"] | None = Field(
+        None,
+        description="samples at once in memory, the rest is accumulated; auto: as many as fit, measured before the "
+        "first step; null: all of the batch, halved where memory runs out",
+    )
     checkpointing: int | Literal["off", "auto"] = Field(
         "off",
         description="run parts of the network again in the backward pass instead of keeping what they computed: off, "
@@ -173,6 +213,9 @@ class TrainConfig(Section):
     foreground: Fraction = Field(0.33, description="share of patches centred on foreground")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay of the weights' moving average; 0 for none")
+    freeze_epochs: int = Field(
+        0, ge=0, le=100_000, description="epochs in which the pretrained encoder stays as it is, running statistics too"
+    )
     patience: int | None = Field(None, ge=1, description="validations without gain before an early stop")
     validate_every: int | None = Field(None, ge=1, description="epochs between validations; null: about 12 in a run")
     balanced: bool = Field(False, description="draw classes equally often (classification)")
@@ -187,6 +230,18 @@ class TrainConfig(Section):
         None,
         description="batch-norm over the whole batch of several processes; null: where each has fewer than 16 of it",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_size_auto(cls, value: Any) -> Any:
+        return planned_batch(value)
+
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _micro_batch(cls, value: object) -> object:
+        if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"train.micro_batch={value!r} must be auto, null, or a number of samples of at least 1")
 
     @field_validator("checkpointing", mode="before")
     @classmethod
@@ -230,6 +285,25 @@ class Experiment(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     inference: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        uncertain = self.loss.name in HETEROSCEDASTIC
+        if uncertain and self.model.log_variance is None:
+            # Written into the model's own section, since a bundle builds the network from that alone.
+            object.__setattr__(self, "model", self.model.model_copy(update={"log_variance": True}))
+        elif bool(self.model.log_variance) != uncertain:
+            raise ValueError(
+                f"model.log_variance={str(self.model.log_variance).lower()} does not go with loss.name="
+                f"{self.loss.name}: {' and '.join(HETEROSCEDASTIC)} need it, the others have no use for it. "
+                "Leave model.log_variance out"
+            )
+        if self.train.freeze_epochs and self.model.pretrained is None:
+            raise ValueError(
+                f"train.freeze_epochs={self.train.freeze_epochs} needs model.pretrained: an encoder that is held at "
+                "random weights learns nothing"
+            )
+        return self
 
 
 class StudyConfig(Section):

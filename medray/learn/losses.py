@@ -1,6 +1,7 @@
 """Losses over logits.
 
-Shapes: logits (B, K) or (B, K, *spatial); a list of them, full resolution first, under deep supervision.
+Shapes: logits (B, K) or (B, K, *spatial); a list of them, full resolution first, under deep supervision. The
+    heteroscedastic losses take (B, 2 K[, *spatial]): logits, then the log-variance of each.
 Targets: segmentation (B, *spatial) int64; classification (B,) int64, or (B, K) float probabilities (mixup); multilabel
     (B, K) float.
 
@@ -14,6 +15,7 @@ batch: ``loss(x, t) == sum(loss(x_i, t_i, whole=t))``. All are but Dice and Tver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -28,11 +30,22 @@ __all__ = ["LOSSES", "Loss", "Overlap", "Softmax", "build_loss", "nearest"]
 
 Kind = Literal["classification", "multilabel", "segmentation"]
 SMOOTH = 1e-5
+LARGEST_LOG_VARIANCE = 10.0
+"""Beyond it no gradient flows: exp(10) drowns any logit already."""
 
 LOSSES: dict[Kind, tuple[str, ...]] = {
-    "classification": ("cross_entropy", "focal", "bce"),
+    "classification": ("cross_entropy", "focal", "bce", "heteroscedastic"),
     "multilabel": ("bce", "focal"),
-    "segmentation": ("dice_ce", "dice", "cross_entropy", "focal", "tversky", "bce"),
+    "segmentation": (
+        "dice_ce",
+        "dice",
+        "cross_entropy",
+        "focal",
+        "tversky",
+        "bce",
+        "heteroscedastic",
+        "dice_heteroscedastic",
+    ),
 }
 
 
@@ -57,7 +70,8 @@ def build_loss(config: LossConfig, *, kind: Kind, num_classes: int, ignore_index
             raise ConfigError(
                 f"loss.class_weights has {len(config.class_weights)} values for {num_classes} classes; give one a class"
             )
-        foreground = config.class_weights[1:] if config.name in ("dice", "tversky", "dice_ce") else config.class_weights
+        overlaps = config.name in ("dice", "tversky", "dice_ce", "dice_heteroscedastic")
+        foreground = config.class_weights[1:] if overlaps else config.class_weights
         if not any(foreground):
             raise ConfigError(
                 "loss.class_weights are all zero, so nothing would be learnt; give a positive weight to a class"
@@ -71,12 +85,17 @@ def build_loss(config: LossConfig, *, kind: Kind, num_classes: int, ignore_index
         return Binary(ignore_index, weights, smoothing=smoothing, gamma=binary_gamma, dense=kind == "segmentation")
     if config.name in ("cross_entropy", "focal"):
         return Softmax(ignore_index, weights, smoothing=smoothing, gamma=gamma if config.name == "focal" else 0.0)
+    if config.name == "heteroscedastic":
+        return NoisySoftmax(ignore_index, weights, num_classes, smoothing=smoothing, samples=config.samples)
     if config.name == "tversky":
         return Overlap(ignore_index, weights, alpha=config.alpha, beta=config.beta, over_batch=config.batch_dice)
     overlap = Overlap(ignore_index, weights, alpha=0.5, beta=0.5, over_batch=config.batch_dice)
     if config.name == "dice":
         return overlap
-    return Sum(ignore_index, overlap, Softmax(ignore_index, weights, smoothing=smoothing))
+    entropy = Softmax(ignore_index, weights, smoothing=smoothing)
+    if config.name == "dice_heteroscedastic":
+        return NoisySum(ignore_index, overlap, entropy, num_classes, samples=config.samples)
+    return Sum(ignore_index, overlap, entropy)
 
 
 def nearest(target: Tensor, shape: Sequence[int]) -> Tensor:
@@ -286,8 +305,10 @@ class Sum(Loss):
         self.separable = overlap.separable
 
     def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
-        log_p = logits.log_softmax(1)
-        # log_softmax of a log-probability is itself, so the cross-entropy below sees the same values.
+        return self.of_log_probabilities(logits.log_softmax(1), target, whole)
+
+    def of_log_probabilities(self, log_p: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        """The loss of log-probabilities (B, K, *spatial)."""
         entropy = F.nll_loss(log_p, target, self.entropy.weights, ignore_index=self.ignore_index, reduction="sum")
         if self.entropy.smoothing:
             spread = (
@@ -298,6 +319,63 @@ class Sum(Loss):
             even = -spread.mean(1).where(self.known(target), 0).sum()
             entropy = (1 - self.entropy.smoothing) * entropy + self.entropy.smoothing * even
         return entropy / self.entropy.mass(whole) + self.overlap.of_probabilities(log_p.exp(), target, whole)
+
+
+class NoisySoftmax(Softmax):
+    """Cross-entropy of the mean probability under Gaussian noise on the logits, whose variance the network gives too.
+
+    Where the labels can't be known the network learns a large variance, which takes weight off those samples or voxels
+    (Kendall and Gal 2017, arXiv:1703.04977, section 3.3).
+    """
+
+    def __init__(
+        self, ignore_index: int, weights: Tensor | None, num_classes: int, *, smoothing: float = 0.0, samples: int = 8
+    ) -> None:
+        super().__init__(ignore_index, weights, smoothing=smoothing)
+        self.num_classes, self.samples = num_classes, samples
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        # log_softmax of a log-probability is itself, so the cross-entropy sees the same values.
+        return super().term(noisy_log_probabilities(logits, self.num_classes, self.samples), target, whole)
+
+
+class NoisySum(Sum):
+    """Dice and cross-entropy of the mean probability under noise, see :class:`NoisySoftmax`."""
+
+    def __init__(
+        self, ignore_index: int, overlap: Overlap, entropy: Softmax, num_classes: int, *, samples: int = 8
+    ) -> None:
+        super().__init__(ignore_index, overlap, entropy)
+        self.num_classes, self.samples = num_classes, samples
+
+    def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
+        log_p = noisy_log_probabilities(logits, self.num_classes, self.samples)
+        return self.of_log_probabilities(log_p, target, whole)
+
+
+def noisy_log_probabilities(outputs: Tensor, num_classes: int, samples: int) -> Tensor:
+    """Log of the mean over ``samples`` of softmax(logits + noise): (B, 2 K, *spatial) to (B, K, *spatial).
+
+    Draws come in opposite pairs, which halves what the estimate varies by. They are of PyTorch's own generator.
+
+    Raises:
+        ConfigError: another number of channels: the network has no log-variances.
+    """
+    if outputs.shape[1] != 2 * num_classes:
+        raise ConfigError(
+            f"the heteroscedastic losses need a log-variance beside each of {num_classes} logits, and the network "
+            f"gives {outputs.shape[1]} channels; build it with model.log_variance=true"
+        )
+    logits, log_variance = outputs.chunk(2, dim=1)
+    deviation = (0.5 * log_variance.clamp(-LARGEST_LOG_VARIANCE, LARGEST_LOG_VARIANCE)).exp()
+    total: Tensor | None = None
+    noise = torch.zeros_like(logits)
+    for sample in range(samples):
+        noise = -noise if sample % 2 else torch.randn_like(logits)
+        found = (logits + deviation * noise).log_softmax(1)
+        total = found if total is None else torch.logaddexp(total, found)
+    assert total is not None
+    return total - math.log(samples)
 
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:

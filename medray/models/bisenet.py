@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from medray.models.dropout import drop_after
 from medray.models.layers import resize
 from medray.models.spec import SEGMENT, ModelSpec, Request
 
@@ -38,7 +39,7 @@ class _Weigh(nn.Module):
 class BiSeNet(nn.Module):
     """A shallow spatial path at /8 beside a ResNet-18 context path to /32, fused by channel attention."""
 
-    def __init__(self, context: nn.Module, inputs: int, num_outputs: int) -> None:
+    def __init__(self, context: nn.Module, inputs: int, num_outputs: int, dropout: float) -> None:
         super().__init__()
         self.spatial = nn.Sequential(
             _Conv(inputs, 64, 7, 2), _Conv(64, 64, 3, 2), _Conv(64, 64, 3, 2), _Conv(64, 128, 1)
@@ -50,7 +51,9 @@ class BiSeNet(nn.Module):
         self.up32, self.up16 = _Conv(_WIDTH, _WIDTH, 3), _Conv(_WIDTH, _WIDTH, 3)
         self.fuse = _Conv(128 + _WIDTH, 256, 1)
         self.weigh = _Weigh(256)
-        self.head = nn.Sequential(_Conv(256, 64, 3), nn.Conv2d(64, num_outputs, 1))
+        last = _Conv(256, 64, 3)
+        drop_after(last, 2, dropout)
+        self.head = nn.Sequential(last, nn.Conv2d(64, num_outputs, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         detail = self.spatial(x)
@@ -67,9 +70,14 @@ def build_bisenet(request: Request) -> nn.Module:
     import timm
 
     context = timm.create_model(
-        "resnet18", pretrained=request.hub, in_chans=request.in_channels, features_only=True, out_indices=(3, 4)
+        "resnet18",
+        pretrained=request.hub,
+        in_chans=request.in_channels,
+        features_only=True,
+        out_indices=(3, 4),
+        drop_path_rate=request.config.drop_path,
     )
-    return BiSeNet(context, request.in_channels, request.num_outputs)
+    return BiSeNet(context, request.in_channels, request.num_outputs, request.config.dropout)
 
 
 SPECS = (
@@ -81,7 +89,7 @@ SPECS = (
         family="BiSeNet",
         description="BiSeNet, a spatial and a context path for speed (Yu et al. 2018)",
         build=build_bisenet,
-        options=frozenset({"pretrained"}),
+        options=frozenset({"dropout", "dropout_kind", "drop_path", "pretrained"}),
         stride=lambda _depth: 32,
         cells=2,
         hub=True,

@@ -6,6 +6,7 @@ A new network is a file with ``SPECS`` and one line in ``FAMILIES``.
 from __future__ import annotations
 
 import difflib
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from medray.models import (
     unetpp,
     vit_unets,
 )
+from medray.models.dropout import set_dropout_kind
 from medray.models.spec import Kind, ModelSpec, Request
+from medray.models.variance import LogVariance
 from medray.models.weights import hub_weights, load_weights
 
 FAMILIES = (
@@ -101,7 +104,8 @@ def build_model(
 
     Returns:
         the network. In segmentation with ``deep_supervision`` and in training mode, ``forward`` gives a list of
-        logits, full resolution first.
+        logits, full resolution first. With ``log_variance`` and in training mode there are 2 K channels: see
+        :class:`~medray.models.variance.LogVariance`.
 
     Raises:
         ModelError: an unknown name, or something that this network can't do.
@@ -123,19 +127,19 @@ def build_model(
         config=config,
         ndim=ndim,
         in_channels=in_channels,
-        num_outputs=num_outputs,
+        num_outputs=2 * num_outputs if config.log_variance else num_outputs,
         patch_size=patch_size,
         feature_size=config.feature_size or spec.feature_size or 0,
         depth=spec.resolved_depth(config, ndim),
         hub=hub,
     )
-    if hub:
-        with hub_weights(config.name):
-            return spec.build(request)
-    model = spec.build(request)
-    if config.pretrained:
+    with hub_weights(config.name) if hub else nullcontext():
+        model = spec.build(request)
+    if config.pretrained and not hub:
         load_weights(model, Path(config.pretrained))
-    return model
+    if config.dropout_kind is not None:
+        set_dropout_kind(model, config.dropout_kind)
+    return LogVariance(model, num_outputs) if config.log_variance else model
 
 
 @lru_cache(maxsize=256)

@@ -46,6 +46,8 @@ def _build(request: Request, backbone: str) -> nn.Module:
             fitted.weight.copy_(adapt_inputs(stem.weight, request.in_channels))
         parent, _, last = name.rpartition(".")
         setattr(network.get_submodule(parent), last, fitted)
+    if request.config.dropout:
+        network.classifier[0].project[3] = nn.Dropout2d(request.config.dropout)  # in place of its own .5
     for part in network.modules():
         if isinstance(part, ASPPPooling):
             # One value a channel and image: batch normalisation can't train on a micro-batch of one.
@@ -62,7 +64,7 @@ def _spec(name: str, backbone: str, tier: Tier, description: str) -> ModelSpec:
         family="DeepLab",
         description=description,
         build=lambda request: _build(request, backbone),
-        options=frozenset({"pretrained"}),
+        options=frozenset({"dropout", "dropout_kind", "pretrained"}),
         cells=32,
         hub=True,
     )

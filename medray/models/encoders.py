@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.errors import MissingDependencyError, ModelError
+from medray.models.dropout import add_drop_path, drop_after
 from medray.models.layers import resize
 from medray.models.spec import SEGMENT, ModelSpec, Request
 from medray.models.timm_nets import check_timm_name
@@ -34,6 +35,7 @@ def build_pspnet(request: Request) -> nn.Module:
         in_channels=request.in_channels,
         classes=request.num_outputs,
         psp_dropout=request.config.dropout,
+        **_stochastic(request),
         encoder_depth=5,
         output_stride=8,
         upsampling=8,
@@ -48,11 +50,12 @@ def build_encoder_unet(request: Request, encoder: str) -> nn.Module:
     """
     smp = _smp()
     try:
-        return smp.Unet(
+        model = smp.Unet(
             encoder_name=f"tu-{encoder}",
             encoder_weights="imagenet" if request.hub else None,
             in_channels=request.in_channels,
             classes=request.num_outputs,
+            **_stochastic(request),
         )
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, AssertionError, IndexError) as error:
         if request.hub and isinstance(error, (ValueError, RuntimeError)):  # as the hub's client says that it failed
@@ -61,12 +64,19 @@ def build_encoder_unet(request: Request, encoder: str) -> nn.Module:
             f"'{encoder}' can't be the encoder of a U-Net ({error}). Take a convolutional one, such as "
             f"'encoder:resnet34' or 'encoder:efficientnet_b0'"
         ) from error
+    drop_after(model.decoder.blocks[-1].conv2, 2, request.config.dropout)
+    return model
+
+
+def _stochastic(request: Request) -> dict[str, float]:
+    """timm's argument for stochastic depth, where it is asked for: not every network knows it."""
+    return {"drop_path_rate": request.config.drop_path} if request.config.drop_path else {}
 
 
 class HRNet(nn.Module):
     """Four resolutions kept side by side, joined at the finest (HRNetV2: Wang et al. 2020, arXiv:1908.07919)."""
 
-    def __init__(self, backbone: nn.Module, channels: list[int], num_outputs: int) -> None:
+    def __init__(self, backbone: nn.Module, channels: list[int], num_outputs: int, dropout: float) -> None:
         super().__init__()
         self.backbone = backbone
         joined = sum(channels)
@@ -76,6 +86,7 @@ class HRNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(joined, num_outputs, 1),
         )
+        drop_after(self.head, 2, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.backbone(x)
@@ -96,7 +107,8 @@ def build_hrnet(request: Request) -> nn.Module:
         feature_location="",
         out_indices=(1, 2, 3, 4),
     )
-    return HRNet(backbone, backbone.feature_info.channels(), request.num_outputs)
+    add_drop_path(backbone, request.config.drop_path)
+    return HRNet(backbone, backbone.feature_info.channels(), request.num_outputs, request.config.dropout)
 
 
 def _halves(_depth: int) -> int:
@@ -118,7 +130,7 @@ def any_encoder(name: str) -> ModelSpec:
         family="timm",
         description=f"{name} of timm under a U-Net decoder",
         build=lambda request: build_encoder_unet(request, name),
-        options=frozenset({"pretrained"}),
+        options=frozenset({"dropout", "dropout_kind", "drop_path", "pretrained"}),
         stride=_halves,
         cells=2,
         hub=True,
@@ -134,7 +146,7 @@ SPECS = (
         family="PSPNet",
         description="PSPNet on ResNet-50 (Zhao et al. 2017, arXiv:1612.01105)",
         build=build_pspnet,
-        options=frozenset({"dropout", "pretrained"}),
+        options=frozenset({"dropout", "dropout_kind", "drop_path", "pretrained"}),
         stride=lambda _depth: 8,
         cells=4,
         hub=True,
@@ -147,7 +159,7 @@ SPECS = (
         family="HRNet",
         description="HRNetV2-W18: four resolutions kept side by side (Wang et al. 2020)",
         build=build_hrnet,
-        options=frozenset({"pretrained"}),
+        options=frozenset({"dropout", "dropout_kind", "drop_path", "pretrained"}),
         stride=_halves,
         cells=2,
         hub=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from medray.models.dropout import add_drop_path
 from medray.models.layers import replace_instance_norms, widths
 from medray.models.spec import SEGMENT, ModelSpec, Request
 from medray.models.unet import DEPTH, halvings
@@ -52,7 +53,7 @@ def build_segresnet(request: Request) -> nn.Module:
     """SegResNet: residual blocks with group norm, the winner of BraTS 2018."""
     from monai.networks.nets import SegResNet
 
-    return SegResNet(
+    network = SegResNet(
         spatial_dims=request.ndim,
         init_filters=request.feature_size,
         in_channels=request.in_channels,
@@ -61,6 +62,7 @@ def build_segresnet(request: Request) -> nn.Module:
         blocks_down=(1, 2, 2, 4, 4, 4, 4, 4)[: request.depth],
         blocks_up=(1,) * (request.depth - 1),
     )
+    return add_drop_path(network, request.config.drop_path)
 
 
 def build_classifier(request: Request, name: str) -> nn.Module:
@@ -89,7 +91,7 @@ def _resnet(request: Request, name: str, stride: int, pool: bool) -> nn.Module:
     )
     if request.config.dropout:
         model.fc = nn.Sequential(nn.Dropout(request.config.dropout), model.fc)
-    return model
+    return add_drop_path(model, request.config.drop_path)
 
 
 def _densenet(request: Request, name: str, stride: int, pool: bool) -> nn.Module:
@@ -119,7 +121,7 @@ SPECS = (
         family="U-Net",
         description="MONAI's DynUNet, with deep supervision (Isensee et al. 2019)",
         build=build_dynunet,
-        options=frozenset({"feature_size", "depth", "dropout", "deep_supervision", "pretrained"}),
+        options=frozenset({"feature_size", "depth", "dropout", "dropout_kind", "deep_supervision", "pretrained"}),
         feature_size=32,
         depth=DEPTH,
         shallowest=3,
@@ -134,7 +136,7 @@ SPECS = (
         family="ResNet",
         description="SegResNet, residual encoder with group norm (Myronenko 2018)",
         build=build_segresnet,
-        options=frozenset({"feature_size", "depth", "dropout", "pretrained"}),
+        options=frozenset({"feature_size", "depth", "dropout", "dropout_kind", "drop_path", "pretrained"}),
         feature_size=16,
         feature_multiple=8,
         depth={2: 4, 3: 4},

@@ -20,6 +20,7 @@ OPTIONS: Mapping[str, Any] = {
     "feature_size": None,
     "depth": None,
     "dropout": 0.0,
+    "dropout_kind": None,
     "drop_path": 0.0,
     "deep_supervision": False,
     "pretrained": None,

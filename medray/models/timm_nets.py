@@ -195,12 +195,10 @@ SPECS = (
         cells=16,
         hub=True,
     ),
-    _spec(
-        "resnet18", "resnet18", "lightweight", "ResNet", "ResNet-18 (He et al. 2016)", options=_NO_PATH, volumes=True
-    ),
-    _spec("resnet34", "resnet34", "balanced", "ResNet", "ResNet-34", options=_NO_PATH, volumes=True),
-    _spec("resnet50", "resnet50", "balanced", "ResNet", "ResNet-50", options=_NO_PATH, volumes=True),
-    _spec("resnet152", "resnet152", "high-accuracy", "ResNet", "ResNet-152", options=_NO_PATH, volumes=True),
+    _spec("resnet18", "resnet18", "lightweight", "ResNet", "ResNet-18 (He et al. 2016)", volumes=True),
+    _spec("resnet34", "resnet34", "balanced", "ResNet", "ResNet-34", volumes=True),
+    _spec("resnet50", "resnet50", "balanced", "ResNet", "ResNet-50", volumes=True),
+    _spec("resnet152", "resnet152", "high-accuracy", "ResNet", "ResNet-152", volumes=True),
     _spec(
         "densenet121",
         "densenet121",

@@ -209,7 +209,7 @@ def halvings(depth: int) -> int:
     return 2 ** (depth - 1)
 
 
-_PLAIN = frozenset({"feature_size", "depth", "dropout", "deep_supervision", "pretrained"})
+_PLAIN = frozenset({"feature_size", "depth", "dropout", "dropout_kind", "deep_supervision", "pretrained"})
 DEPTH = {2: 5, 3: 4}
 
 SPECS = (

@@ -121,7 +121,7 @@ def build_transunet(request: Request) -> nn.Module:
     return _with_decoder(request, TransUNetEncoder(request, channels, _LAYERS // 2), channels)
 
 
-_OPTIONS = frozenset({"feature_size", "dropout", "drop_path", "deep_supervision", "pretrained"})
+_OPTIONS = frozenset({"feature_size", "dropout", "dropout_kind", "drop_path", "deep_supervision", "pretrained"})
 
 SPECS = (
     ModelSpec(

@@ -25,8 +25,11 @@ from medray.learn.optimizers import build_optimizer
 from medray.learn.schedules import Schedule
 from medray.models import checkpointing
 from medray.models.catalogue import lookup
+from medray.models.parts import encoder_blocks, encoder_parts
 from medray.train import checkpoint, memory
 from medray.train.adapt import AdaptiveStrength
+from medray.train.capacity import largest_micro_batch
+from medray.train.freeze import Freeze
 from medray.train.meter import Meter
 from medray.train.pace import Pace
 from medray.train.precision import lay_out, resolve_device, resolve_precision
@@ -102,7 +105,9 @@ def fit(
         NonFiniteLossError: the loss or gradient became NaN or infinite.
         OutOfMemoryError: one sample doesn't fit.
         TrainingError: a checkpoint that is damaged or of another experiment, a loader without batches.
-        ConfigError: a precision or device that this machine lacks, an objective that ``validate`` doesn't return.
+        ConfigError: a precision or device that this machine lacks, an objective that ``validate`` doesn't return,
+            fp16 with ``optim.sam_rho``.
+        ModelError: ``optim.layer_decay`` or ``train.freeze_epochs`` for a network without an encoder.
     """
     if runtime is None:
         runtime = LocalRuntime(resolve_device(experiment.device))
@@ -149,25 +154,36 @@ class _Run:
         self.earlier = 0.0  # seconds of earlier sittings
         memory.reset_peak(runtime.device)
         self.meter = Meter(runtime.device)
-        precision = resolve_precision(train.precision, runtime.device)
+        self.precision = precision = resolve_precision(train.precision, runtime.device)
+        if experiment.optim.sam_rho and precision == "fp16":
+            raise ConfigError(
+                f"optim.sam_rho={experiment.optim.sam_rho} with fp16: the way uphill is found from gradients as they "
+                "are, and fp16's are scaled. Set train.precision=bf16 or fp32, or optim.sam_rho=0"
+            )
         channels_last = lay_out(model, runtime.device, precision)
         # Random draws within the network (dropout) differ from process to process, and are the same from run to run.
         seed_everything(experiment.seed + runtime.lane)
         wrapped, self.optimizer, batches = runtime.prepare(
-            model, lambda module: build_optimizer(module, experiment.optim), train_loader
+            model, lambda module: _optimizer(module, experiment), train_loader
         )
         self.wrapped, self.batches = wrapped, batches
+        self.freeze = None
+        if train.freeze_epochs:
+            held = [parameter for block in encoder_blocks(model) for parameter in block]
+            self.freeze = Freeze(encoder_parts(model), held, train.freeze_epochs, skip=runtime.is_alone)
+        measured = train.checkpointing != "off" or train.micro_batch == "auto"
         self.stepper = Stepper(
             wrapped,
             self.optimizer,
             runtime.criterion(loss),
             runtime=runtime,
             precision=precision,
-            micro_batch=train.micro_batch,
+            micro_batch=None if train.micro_batch == "auto" else train.micro_batch,
             largest=None if runtime.is_alone else runtime.from_main(len(runtime.share(range(train.batch_size)))),
             clip_norm=experiment.optim.clip_norm,
+            sam_rho=experiment.optim.sam_rho,
             channels_last=channels_last,
-            first=None if train.checkpointing == "off" else self._save_memory,
+            first=self._fit_into_memory if measured else None,
         )
         self.ema = Ema(model, train.ema) if train.ema else None
         self.schedule = Schedule(experiment.schedule, objective[1])
@@ -220,6 +236,8 @@ class _Run:
                 if self.stopped is not None:
                     break
         checkpointing.remove(self.model)
+        if self.freeze:
+            self.freeze.release()
         return self._result()
 
     def _tick(self) -> None:
@@ -273,8 +291,9 @@ class _Run:
     def _learn(self, batch: Mapping[str, Tensor]) -> None:
         factor = self.schedule.factor(self.step, self.pace.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.experiment.optim.lr * factor
-        value = self.stepper(batch, place=self._place)
+            group["lr"] = self.experiment.optim.lr * factor * group["scale"]
+        held = self.freeze.set(self.step // self.steps_per_epoch) if self.freeze else []
+        value = self.stepper(batch, place=self._place, held=held)
         self.step += 1
         self.samples = len(batch["image"])
         self.losses = (self.losses[0] + value, self.losses[1] + 1)
@@ -284,11 +303,18 @@ class _Run:
             self.tracker.scalars({"train/loss": value, "train/lr": self._lr()}, self.step)
             self.meter.ask_device()
 
-    def _save_memory(self, images: Tensor) -> None:
-        """Choose what runs again in the backward pass, the same in all processes."""
-        how, family = self.experiment.train.checkpointing, lookup(self.experiment.model.name).family
-        kept = checkpointing.share_kept(family)
-        checkpointing.apply(self.model, how, images, kept=kept, agree=self.runtime.from_main)
+    def _fit_into_memory(self, images: Tensor, samples: int) -> None:
+        """Choose what runs again in the backward pass, then how many samples go at once; the same in all processes."""
+        train, runtime = self.experiment.train, self.runtime
+        with self.freeze.lifted() if self.freeze else nullcontext():
+            if train.checkpointing != "off":
+                kept = checkpointing.share_kept(lookup(self.experiment.model.name).family)
+                checkpointing.apply(self.model, train.checkpointing, images, kept=kept, agree=runtime.from_main)
+            if train.micro_batch == "auto" and self.stepper.micro_batch is None:
+                self.stepper.micro_batch = largest_micro_batch(
+                    self.model, images, samples, precision=self.precision, runtime=runtime
+                )
+                self.saved_at = -math.inf  # a checkpoint after this step: a run goes on as it began
 
     def _place(self) -> str:
         epoch = self.step // self.steps_per_epoch + 1
@@ -481,6 +507,11 @@ class _Run:
                 self.stepper.micro_batch or self.experiment.train.batch_size, self.experiment.train.batch_size
             ),
         )
+
+
+def _optimizer(model: nn.Module, experiment: Experiment) -> torch.optim.Optimizer:
+    blocks = encoder_blocks(model) if experiment.optim.layer_decay < 1 else ()
+    return build_optimizer(model, experiment.optim, blocks=blocks)
 
 
 def _length(batches: Iterable[Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from medray.errors import NonFiniteLossError, OutOfMemoryError
 from medray.train.memory import is_out_of_memory
 from medray.train.precision import Precision, autocast, memory_format
 from medray.train.runtime import Runtime
+from medray.train.sharpness import ascended, still_statistics
 
 __all__ = ["Stepper"]
 
@@ -41,9 +42,10 @@ class Stepper:
         micro_batch: samples at once in memory; None for all.
         largest: samples of a batch that any process has, where several share it; None: as many as this one.
         clip_norm: largest norm of the gradient; 0 for no limit.
+        sam_rho: how far uphill the gradient is taken; 0 for where the weights are. Not with fp16.
         channels_last: what :func:`~medray.train.precision.lay_out` said of the model.
-        first: handed the first one or two images, once, before anything is learnt from them; under the autocast of
-            training.
+        first: handed the first one or two images and the number of samples of a batch, once, before anything is learnt
+            from them; under the autocast of training.
     """
 
     def __init__(
@@ -57,23 +59,27 @@ class Stepper:
         micro_batch: int | None,
         largest: int | None = None,
         clip_norm: float,
+        sam_rho: float = 0.0,
         channels_last: bool,
-        first: Callable[[Tensor], object] | None = None,
+        first: Callable[[Tensor, int], object] | None = None,
     ) -> None:
         self.model, self.optimizer, self.criterion, self.runtime = model, optimizer, criterion, runtime
         self.precision, self.micro_batch, self.clip_norm = precision, micro_batch, clip_norm
-        self.largest = largest
+        self.largest, self.sam_rho = largest, sam_rho
         self.channels_last, self._first = channels_last, first
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self._skipped = 0
 
-    def __call__(self, batch: Mapping[str, Tensor], *, place: Callable[[], str]) -> float:
+    def __call__(
+        self, batch: Mapping[str, Tensor], *, place: Callable[[], str], held: Iterable[nn.Parameter] = ()
+    ) -> float:
         """Learn from one batch.
 
         Args:
             batch: "image" (B, C, *spatial), "target", "index".
             place: where the run is ("step 12 (epoch 2, learning rate 0.01)"), for errors.
+            held: parameters that this step leaves alone.
 
         Returns:
             The loss, before the step.
@@ -85,14 +91,16 @@ class Stepper:
         images, targets = self._fetch(batch)
         if self._first is not None:
             with autocast(self.precision, self.runtime.device):
-                self._first(images[: min(2, self.micro_batch or 2)])
+                self._first(images[: min(2, self.micro_batch or 2)], max(len(images), self.largest or 0))
             self._first = None
         random = self._random_state()
-        loss = self._gradients_that_fit(images, targets, random)
+        loss = self._gradients_that_fit(images, targets, random, held)
         value = float(loss)
         if not torch.isfinite(loss):
             self._restore(random)
             raise NonFiniteLossError(self._explain(value, batch, images, place()))
+        if self.sam_rho:
+            self._look_uphill(images, targets, random, held)
         self._scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -120,10 +128,23 @@ class Stepper:
     # -- gradients
     # --------------------------------------------------------------------------------------------------------
 
-    def _gradients_that_fit(self, images: Tensor, targets: Tensor, random: list[Tensor]) -> Tensor:
+    def _look_uphill(self, images: Tensor, targets: Tensor, random: list[Tensor], held: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients by those at the point uphill, from the same draws."""
+        after = self._random_state()
+        with ascended(self._parameters, self.sam_rho), still_statistics(self.model):
+            self._restore(random)
+            self._gradients_that_fit(images, targets, random, held)
+        self._restore(after)
+
+    def _gradients_that_fit(
+        self, images: Tensor, targets: Tensor, random: list[Tensor], held: Iterable[nn.Parameter]
+    ) -> Tensor:
         while True:
             try:
-                return self._gradients(images, targets)
+                loss = self._gradients(images, targets)
+                for parameter in held:
+                    parameter.grad = None
+                return loss
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -179,27 +200,22 @@ class Stepper:
 
     def _gradients_in_two_passes(self, images: Tensor, targets: Tensor, parts: list[Part]) -> Tensor:
         states, outputs = [], []
-        tracking: list[Any] = [m for m in self.model.modules() if getattr(m, "track_running_stats", False)]
-        for module in tracking:
-            module.track_running_stats = False  # the second pass moves the running statistics; once is enough
-        try:
-            with torch.no_grad():
-                for part, weight in parts:
-                    states.append(self._random_state())
-                    levels = _levels(self._forward(images[part]))
-                    outputs.append(levels if weight else [level[:0] for level in levels])
-        finally:
-            for module in tracking:
-                module.track_running_stats = True
+        with still_statistics(self.model), torch.no_grad():  # the second pass moves them; once is enough
+            for part, weight in parts:
+                states.append(self._random_state())
+                levels = _levels(self._forward(images[part]))
+                outputs.append(levels if weight else [level[:0] for level in levels])
         whole = [torch.cat(level).requires_grad_() for level in zip(*outputs, strict=True)]
         del outputs
         loss: Tensor = self.criterion(whole if len(whole) > 1 else whole[0], targets)
         self._scaler.scale(loss).backward()
+        after = self._random_state()  # a loss may draw too, and must not draw the same in the next step
         for (part, weight), state in zip(self._held_back(parts), states, strict=True):
             self._restore(state)
             again = _levels(self._forward(images[part]))
             shares = [weight * level.grad[part] for level in whole if level.grad is not None]
             torch.autograd.backward(again, shares)
+        self._restore(after)
         return loss.detach()
 
     def _held_back(self, parts: list[Part]) -> Iterator[Part]:

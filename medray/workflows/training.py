@@ -123,9 +123,7 @@ def train_model(
     manifest = recipe.manifest
     directory.mkdir(parents=True, exist_ok=True)
     experiment = _as_begun(directory, experiment)
-    partial = directory / "experiment.yaml.part"
-    partial.write_text(dump(experiment), encoding="utf-8")
-    partial.replace(directory / "experiment.yaml")
+    _write_experiment(directory, experiment)
     done = load_trained(recipe, directory)
     if done is not None and done.experiment == experiment:
         return done
@@ -199,6 +197,9 @@ def _train_here(
     )
     tracker.close()
     if runtime.is_main:
+        if experiment.train.micro_batch == "auto":
+            found = experiment.train.model_copy(update={"micro_batch": result.micro_batch})
+            _write_experiment(directory, experiment.model_copy(update={"train": found}))
         _save_trained(directory, result)
 
 
@@ -225,10 +226,17 @@ def _train_together(run: _Run, on_validation: Callable[[Progress], bool], cpus: 
             run = replace(run, experiment=run.experiment.model_copy(update={"train": smaller}))
 
 
+def _write_experiment(directory: Path, experiment: Experiment) -> None:
+    partial = directory / "experiment.yaml.part"
+    partial.write_text(dump(experiment), encoding="utf-8")
+    partial.replace(directory / "experiment.yaml")
+
+
 def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
     """The experiment that a run in ``directory`` began with, where only the time that it is given differs.
 
-    A resumed study has other seconds left than it had; the schedule that was laid out at the start still holds.
+    A resumed study has other seconds left than it had; the schedule that was laid out at the start still holds. So does
+    the micro-batch that was found to fit, where it is to be found.
     """
     path = directory / "experiment.yaml"
     if not path.is_file():
@@ -236,9 +244,14 @@ def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
     begun = build_experiment(compose(path, []).explicit)
     asked = experiment.train
     parts = {name: getattr(asked, name) for name in ("workers", "min_workers", "micro_batch", "checkpointing")}
+    found = begun.train.micro_batch
     begun = begun.model_copy(update={"train": begun.train.model_copy(update=parts)})
     same = begun.model_copy(update={"train": begun.train.model_copy(update={"budget": asked.budget})})
-    return begun if same == experiment else experiment
+    if same != experiment:
+        return experiment
+    if asked.micro_batch == "auto" and found is not None:
+        begun = begun.model_copy(update={"train": begun.train.model_copy(update={"micro_batch": found})})
+    return begun
 
 
 def _save_trained(directory: Path, result: FitResult) -> None:

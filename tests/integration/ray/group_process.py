@@ -89,6 +89,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "loss": {"name": "dice_ce", "batch_dice": True}, "train": {"checkpointing": 1}},
     "checkpointing, micro-batches": {"kind": "segmentation", "loss": {"name": "dice_ce", "batch_dice": True},
         "train": {"checkpointing": 1, "micro_batch": 2}},
+    "sharpness, batch-norm": {"kind": "classification", "norm": True, "loss": {"name": "cross_entropy"},
+        "optim": {"name": "sgd", "lr": 0.05, "clip_norm": 1.0, "sam_rho": 0.1}},
+    "sharpness, micro-batches, Dice over the batch": {"kind": "segmentation",
+        "loss": {"name": "dice_ce", "batch_dice": True}, "train": {"micro_batch": 2},
+        "optim": {"name": "sgd", "lr": 0.05, "clip_norm": 1.0, "sam_rho": 0.1}},
+    "a frozen encoder, layer decay": {"kind": "classification", "norm": True, "loss": {"name": "cross_entropy"},
+        "model": {"pretrained": "given.safetensors"}, "train": {"freeze_epochs": 2},
+        "optim": {"name": "sgd", "lr": 0.05, "clip_norm": 1.0, "layer_decay": 0.5}},
+    "as many as fit": {"kind": "classification", "norm": True, "loss": {"name": "cross_entropy"},
+        "train": {"micro_batch": "auto"}},
 }  # fmt: skip
 
 
@@ -100,6 +110,7 @@ def outcome(name: str, runtime: Runtime) -> dict[str, Any]:
         {
             "device": "cpu",
             "loss": scenario["loss"],
+            "model": scenario.get("model", {}),
             "optim": scenario.get("optim", {"name": "sgd", "lr": 0.05, "clip_norm": 1.0}),
             "train": {"epochs": EPOCHS, "batch_size": BATCH, "precision": "fp32", "validate_every": 1}
             | scenario.get("train", {}),

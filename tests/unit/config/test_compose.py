@@ -255,3 +255,39 @@ def test_every_field_of_the_schema_is_known() -> None:
         assert (section,) in known()
         fields = getattr(info.annotation, "model_fields", {})
         assert all((section, name) in known() for name in fields)
+
+
+def test_batch_size_auto_leaves_the_plan_s_number_and_asks_for_the_micro_batch() -> None:
+    plan = {"train": {"batch_size": 24}}
+    for asked in ("auto", 16):
+        composed = compose(None, [f"train.batch_size={asked}"])
+        train = build_experiment(plan, composed.explicit).train
+        assert (train.batch_size, train.micro_batch) == ((24, "auto") if asked == "auto" else (16, None))
+    train = build_experiment(plan, compose(None, ["train.batch_size=auto", "train.micro_batch=3"]).explicit).train
+    assert (train.batch_size, train.micro_batch) == (24, 3)
+    assert build_experiment(compose(None, ["train.batch_size=auto"]).explicit).train.batch_size == 8  # without a plan
+
+
+def test_the_log_variance_follows_the_loss() -> None:
+    assert build_experiment({"loss": {"name": "heteroscedastic"}}).model.log_variance is True
+    assert not Experiment().model.log_variance
+    with pytest.raises(ConfigError, match=r"log_variance=true does not go with loss\.name=dice_ce"):
+        build_experiment({"model": {"log_variance": True}})
+    with pytest.raises(ConfigError, match=r"log_variance=false does not go with loss\.name=heteroscedastic"):
+        build_experiment({"loss": {"name": "heteroscedastic"}, "model": {"log_variance": False}})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.micro_batch=0", "auto, null, or a number of samples"),
+        ("train.batch_size=largest", r"train\.batch_size='largest'"),
+        ("optim.layer_decay=0", r"optim\.layer_decay=0.*> 0, <= 1"),
+        ("optim.sam_rho=-1", r"optim\.sam_rho=-1.*>= 0"),
+        ("train.freeze_epochs=3", r"needs model\.pretrained"),
+        ("model.dropout_kind=random", "standard | spatial | channel"),
+    ],
+)
+def test_the_training_strategy_s_fields_say_what_they_take(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(None, [override])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -30,6 +31,18 @@ def sample(kind: str, batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
     return logits, torch.randint(0, 3, (batch, *space), generator=generator)
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of the heteroscedastic losses is nothing, so that they keep the rules of the others to the last digit;
+    what the noise does has tests of its own."""
+    monkeypatch.setattr("medray.learn.losses.torch.randn_like", torch.zeros_like)
+
+
+def widened(name: str, logits: Tensor) -> Tensor:
+    """With log-variances, where the loss wants them."""
+    return torch.cat([logits, torch.zeros_like(logits)], dim=1) if "heteroscedastic" in name else logits
+
+
 def perfect(kind: str, target: Tensor) -> Tensor:
     if kind == "multilabel":
         return 40 * target - 20
@@ -37,16 +50,16 @@ def perfect(kind: str, target: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_is_near_zero_when_right_large_when_wrong_and_differentiable(kind: str, name: str) -> None:
+def test_is_near_zero_when_right_large_when_wrong_and_differentiable(kind: str, name: str, quiet: None) -> None:
     _, target = sample(kind)
-    loss, right = make(kind, name), perfect(kind, sample(kind)[1])
+    loss, right = make(kind, name), widened(name, perfect(kind, sample(kind)[1]))
     assert float(loss(right, target)) < 1e-3
     wrong = (-right).requires_grad_()
     value = loss(wrong, target)
     assert value.shape == () and value.dtype == torch.float32 and float(value) > 0.5
     value.backward()
     assert torch.isfinite(wrong.grad).all()
-    logits = sample(kind)[0].requires_grad_()
+    logits = widened(name, sample(kind)[0]).requires_grad_()
     loss(logits, target).backward()
     assert float(logits.grad.abs().sum()) > 0
 
@@ -55,9 +68,12 @@ def test_is_near_zero_when_right_large_when_wrong_and_differentiable(kind: str, 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0)])
 @pytest.mark.parametrize("batch_dice", [True, False])
-def test_the_sum_of_parts_is_the_whole(kind: str, name: str, smoothing: float, weights: Any, batch_dice: bool) -> None:
+def test_the_sum_of_parts_is_the_whole(
+    kind: str, name: str, smoothing: float, weights: Any, batch_dice: bool, quiet: None
+) -> None:
     loss = make(kind, name, label_smoothing=smoothing, class_weights=weights, batch_dice=batch_dice)
     logits, target = sample(kind)
+    logits = widened(name, logits)
     if kind != "classification":
         target[0, ..., :2] = 255
     whole = loss(logits, target)
@@ -66,9 +82,10 @@ def test_the_sum_of_parts_is_the_whole(kind: str, name: str, smoothing: float, w
 
 
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in EVERY if k != "classification"])
-def test_ignored_targets_have_neither_value_nor_gradient(kind: str, name: str) -> None:
+def test_ignored_targets_have_neither_value_nor_gradient(kind: str, name: str, quiet: None) -> None:
     loss = make(kind, name, label_smoothing=0.1)
     logits, target = sample(kind)
+    logits = widened(name, logits)
     target[:, ..., -2:] = 255
     other = logits.clone()
     other[..., -2:] = 50.0
@@ -80,8 +97,9 @@ def test_ignored_targets_have_neither_value_nor_gradient(kind: str, name: str) -
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_computes_in_float32_under_autocast(kind: str, name: str) -> None:
+def test_computes_in_float32_under_autocast(kind: str, name: str, quiet: None) -> None:
     logits, target = sample(kind)
+    logits = widened(name, logits)
     loss = make(kind, name)
     low = logits.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -104,6 +122,51 @@ def test_cross_entropy_is_pytorchs(smoothing: float, weights: Any) -> None:
             both = make(kind, "dice_ce", **options)(logits, target)
             dice = make(kind, "dice", class_weights=weights)(logits, target)
             assert torch.isclose(both - dice, expected)
+
+
+def noisy(name: str, variance: float, samples: int, logits: Tensor, target: Tensor) -> Tensor:
+    kind = "segmentation" if logits.ndim > 2 else "classification"
+    torch.manual_seed(1)
+    spread = torch.full_like(logits, variance).log()
+    value: Tensor = make(kind, name, samples=samples)(torch.cat([logits, spread], dim=1), target)
+    return value
+
+
+def test_heteroscedastic_is_minus_the_log_of_the_mean_probability_under_noise() -> None:
+    """By another road: the expectation of a softmax of two logits is an integral over their one difference."""
+    gap, variance = 1.5, 2.0
+    grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    density = torch.exp(-(grid**2) / 2)
+    mean = float((torch.sigmoid(gap + (2 * variance) ** 0.5 * grid) * density).sum() / density.sum())
+    torch.manual_seed(0)
+    loss = build_loss(LossConfig(name="heteroscedastic", samples=256), kind="classification", num_classes=2)
+    outputs = torch.tensor([[gap, 0.0, variance, variance]])
+    outputs[:, 2:] = outputs[:, 2:].log()
+    rows = outputs.repeat(400, 1)
+    assert float(loss(rows, torch.zeros(400, dtype=torch.int64))) == pytest.approx(-math.log(mean), rel=0.01)
+
+
+def test_heteroscedastic_without_variance_is_cross_entropy_and_variance_takes_weight_off_what_is_wrong() -> None:
+    for kind, name, plain in (
+        ("classification", "heteroscedastic", "cross_entropy"),
+        ("segmentation", "dice_heteroscedastic", "dice_ce"),
+    ):
+        logits, target = sample(kind)
+        assert float(noisy(name, 1e-4, 4, logits, target)) == pytest.approx(
+            float(make(kind, plain)(logits, target)), rel=0.02
+        )
+    wrong = -perfect("classification", torch.arange(3)) / 4
+    attenuated = float(noisy("heteroscedastic", 100.0, 64, wrong, torch.arange(3)))
+    assert attenuated < 0.8 * float(noisy("heteroscedastic", 1e-4, 64, wrong, torch.arange(3)))
+    outputs = torch.cat([wrong, torch.zeros_like(wrong)], dim=1).requires_grad_()
+    make("classification", "heteroscedastic")(outputs, torch.arange(3)).backward()
+    assert (outputs.grad[:, 3:].sum(1) < 0).all()  # downhill is towards a larger variance
+
+
+def test_heteroscedastic_refuses_a_network_without_variances() -> None:
+    logits, target = sample("classification")
+    with pytest.raises(ConfigError, match=r"model\.log_variance=true"):
+        make("classification", "heteroscedastic")(logits, target)
 
 
 def test_mixed_labels_equal_mixed_losses() -> None:

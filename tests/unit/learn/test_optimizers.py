@@ -36,6 +36,21 @@ def test_decay_spares_biases_norms_and_what_the_model_names() -> None:
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
 
 
+def test_layer_decay_slows_what_lies_deep_below() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    blocks = [list(model[0].parameters()), list(model[1].parameters())]
+    config = OptimConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.1, layer_decay=0.5)
+    optimizer = build_optimizer(model, config, blocks=blocks)
+    found = {id(p): (g["scale"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for layer, scale in enumerate((0.25, 0.5, 1.0)):
+        assert found[id(model[layer].weight)] == (scale, scale, 0.1)
+        assert found[id(model[layer].bias)] == (scale, scale, 0.0)
+    assert optimizer.param_groups[0]["scale"] == 1.0  # whose rate is shown
+    again = build_optimizer(model, config, blocks=blocks)
+    again.load_state_dict(optimizer.state_dict())
+    assert [g["scale"] for g in again.param_groups] == [g["scale"] for g in optimizer.param_groups]
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
 )
