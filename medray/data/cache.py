@@ -72,7 +72,8 @@ class PreparedStore:
         self._labels = tuple(case.label for case in manifest.cases)
         with np.load(path / "index.npz", allow_pickle=False) as index:
             self._index = {name: index[name] for name in index.files}
-        self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self._maps: dict[str, npt.NDArray[Any]] = {}
+        self._alike: bool | None = None  # whether all images have one shape
         self._held = shelf.hold(path)
 
     @classmethod
@@ -136,6 +137,16 @@ class PreparedStore:
         flat = self._map("images.bin", np.float32)[start * self.channels :][:size]
         return flat.reshape(self.channels, *shape)
 
+    def images(self, cases: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(B, C, *s) float32, copies of images that have one shape."""
+        shape = self.shape(int(cases[0]))
+        if self._alike is None:
+            self._alike = bool((self._index["shapes"] == self._index["shapes"][0]).all())
+        if self._alike:  # thumbnails: one gather rather than thousands of slices
+            every = self._map("images.bin", np.float32).reshape(-1, self.channels, *shape)
+            return np.take(every, cases, axis=0)
+        return np.stack([self.image(int(i)) for i in cases])
+
     def mask(self, i: int) -> npt.NDArray[np.uint8] | None:
         """(*s) uint8, a read-only view of the file; None where the case has no mask."""
         if not self._index["masked"][i]:
@@ -175,9 +186,9 @@ class PreparedStore:
         first, last = self._index["voxel_starts"][i : i + 2]
         return slice(int(first), int(last))
 
-    def _map(self, name: str, dtype: type[np.generic]) -> np.memmap[Any, Any]:
-        if name not in self._maps:
-            self._maps[name] = np.memmap(self.path / name, dtype=dtype, mode="r")
+    def _map(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        if name not in self._maps:  # as a plain array: slices of a memmap cost several times as much
+            self._maps[name] = np.memmap(self.path / name, dtype=dtype, mode="r").view(np.ndarray)
         return self._maps[name]
 
 
