@@ -160,7 +160,10 @@ def test_seed_epoch_and_batch_decide(volumes: PreparedStore) -> None:
 @pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
 def test_helpers_change_nothing(volumes: PreparedStore, processes: bool) -> None:
     config = experiment(AugmentConfig(p_affine=1.0, p_noise=1.0), batch_size=4, patch_size=(8, 8, 8))
-    here, there = segmentation(volumes, config, workers=0), segmentation(volumes, config, workers=2, processes=processes)
+    here, there = (
+        segmentation(volumes, config, workers=0),
+        segmentation(volumes, config, workers=2, processes=processes),
+    )
     threads = torch.get_num_threads()
     for epoch in (0, 1, 4):  # one that they were ahead into, and one that they weren't
         here.set_epoch(epoch)
