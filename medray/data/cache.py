@@ -15,6 +15,7 @@ than the training. Labels, splits and patients are not in it; they are the manif
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -102,12 +103,13 @@ class PreparedStore:
         most = shelf.limit(directory)
         for last in (False, True):
             try:
-                if not _is_whole(path, digest):
-                    with shelf.builder(directory, path.name):
-                        if not _is_whole(path, digest):
-                            _build(manifest, preprocessor, directory, path, digest, progress)
-                    shelf.trim(directory, most, keep=path)
-                return cls(path, manifest)
+                with contextlib.ExitStack() as held:
+                    if not _is_whole(path, digest):
+                        with shelf.builder(directory, path.name):
+                            if not _is_whole(path, digest):
+                                held.enter_context(_build(manifest, preprocessor, directory, path, digest, progress))
+                        shelf.trim(directory, most, keep=path)
+                    return cls(path, manifest)
             except OSError as error:
                 # Trimmed away by another process between two lines; or full, and there was something to trim.
                 gone = isinstance(error, FileNotFoundError)
@@ -234,7 +236,8 @@ def _is_whole(path: Path, digest: str) -> bool:
 
 def _build(
     manifest: Manifest, preprocessor: Preprocessor, directory: Path, path: Path, digest: str, progress: Progress | None
-) -> None:
+) -> contextlib.AbstractContextManager[object]:
+    """Build the store and hold it, until what this returns is closed: others may trim the folder at any time."""
     directory.mkdir(parents=True, exist_ok=True)
     _sweep(directory)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory))
@@ -242,13 +245,16 @@ def _build(
         _write(manifest, preprocessor, building, digest, progress)
         if path.exists():  # damaged, or another process was faster
             if _is_whole(path, digest):
-                return
+                return contextlib.nullcontext()
             shutil.rmtree(path, ignore_errors=True)
+        held = shelf.hold(building)
         try:
             building.rename(path)
         except OSError:
+            held.close()
             if not _is_whole(path, digest):
                 raise
+        return held
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
