@@ -222,6 +222,13 @@ class TrainConfig(Section):
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 for none (classification)")
     cutmix: NonNegative = Field(0.0, description="likewise; with mixup too, each batch gets one of them by lot")
     deterministic: bool = False
+    loader_workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="threads (CPU) or processes (GPU) that make batches ahead of the training; null: as many as pay, "
+        "by the measured wait",
+    )
     workers: int = Field(1, ge=1, le=1024, description="processes that train together; each takes a part of a batch")
     min_workers: int | None = Field(
         None, ge=1, description="with how many to go on where a machine is gone for good; null: with all of them only"

@@ -12,6 +12,7 @@ spikes, histogram shift); motion ghosts, which it lacks, are here.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,9 @@ class Augment:
         ndim: spatial axes, 2 or 3.
         spacing: mm per axis, where voxels are not cubes: a rotation then stays one in millimetres.
 
+    Attributes:
+        imports: modules that its transforms take long to import.
+
     Raises:
         ConfigError: ``flip_axes`` names an axis that isn't there, or ``scale`` is upside down.
     """
@@ -75,6 +79,10 @@ class Augment:
             (config.p_noise, self._noise),
         ]  # in the order in which a scanner would do it: field and contrast, optics, sampling, noise last
         self._steps = [(p, step) for p, step in steps if p > 0]
+        scanner = config.p_bias_field + config.p_histogram_shift + config.p_ghosting + config.p_spike
+        self.imports = ("monai.transforms",) if scanner > 0 and config.strength > 0 else ()
+        for name in self.imports:  # seconds, which had better not be those of a training step
+            importlib.import_module(name)
 
     def at(self, strength: float) -> Augment:
         """The same transforms at another strength."""
@@ -339,10 +347,13 @@ def _between(low: float, high: float, count: int, generator: torch.Generator) ->
 
 
 def _labels_at(masks: Tensor, grid: Tensor) -> Tensor:
-    """Labels (b, *size) of masks (b, *s) by nearest neighbours; IGNORE out of the field."""
-    labels = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
-    labels[(grid.abs() > 1).any(dim=-1)] = IGNORE
-    return labels.to(masks.dtype)
+    """Labels (b, *size) of masks (b, *s) by nearest neighbours; IGNORE out of the field.
+
+    Beyond the field grid_sample gives 0, so that is what IGNORE is meanwhile.
+    """
+    shifted = masks[:, None].float() - IGNORE
+    labels = F.grid_sample(shifted, grid, mode="nearest", align_corners=False)[:, 0]
+    return labels.add_(IGNORE).to(masks.dtype)
 
 
 def _seeds(count: int, generator: torch.Generator) -> list[int]:

@@ -15,6 +15,7 @@ than the training. Labels, splits and patients are not in it; they are the manif
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -72,7 +73,8 @@ class PreparedStore:
         self._labels = tuple(case.label for case in manifest.cases)
         with np.load(path / "index.npz", allow_pickle=False) as index:
             self._index = {name: index[name] for name in index.files}
-        self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self._maps: dict[str, npt.NDArray[Any]] = {}
+        self._alike: bool | None = None  # whether all images have one shape
         self._held = shelf.hold(path)
 
     @classmethod
@@ -101,12 +103,13 @@ class PreparedStore:
         most = shelf.limit(directory)
         for last in (False, True):
             try:
-                if not _is_whole(path, digest):
-                    with shelf.builder(directory, path.name):
-                        if not _is_whole(path, digest):
-                            _build(manifest, preprocessor, directory, path, digest, progress)
-                    shelf.trim(directory, most, keep=path)
-                return cls(path, manifest)
+                with contextlib.ExitStack() as held:
+                    if not _is_whole(path, digest):
+                        with shelf.builder(directory, path.name):
+                            if not _is_whole(path, digest):
+                                held.enter_context(_build(manifest, preprocessor, directory, path, digest, progress))
+                        shelf.trim(directory, most, keep=path)
+                    return cls(path, manifest)
             except OSError as error:
                 # Trimmed away by another process between two lines; or full, and there was something to trim.
                 gone = isinstance(error, FileNotFoundError)
@@ -135,6 +138,16 @@ class PreparedStore:
         size = self.channels * int(np.prod(shape))
         flat = self._map("images.bin", np.float32)[start * self.channels :][:size]
         return flat.reshape(self.channels, *shape)
+
+    def images(self, cases: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(B, C, *s) float32, copies of images that have one shape."""
+        shape = self.shape(int(cases[0]))
+        if self._alike is None:
+            self._alike = bool((self._index["shapes"] == self._index["shapes"][0]).all())
+        if self._alike:  # thumbnails: one gather rather than thousands of slices
+            every = self._map("images.bin", np.float32).reshape(-1, self.channels, *shape)
+            return np.take(every, cases, axis=0)
+        return np.stack([self.image(int(i)) for i in cases])
 
     def mask(self, i: int) -> npt.NDArray[np.uint8] | None:
         """(*s) uint8, a read-only view of the file; None where the case has no mask."""
@@ -175,9 +188,9 @@ class PreparedStore:
         first, last = self._index["voxel_starts"][i : i + 2]
         return slice(int(first), int(last))
 
-    def _map(self, name: str, dtype: type[np.generic]) -> np.memmap[Any, Any]:
-        if name not in self._maps:
-            self._maps[name] = np.memmap(self.path / name, dtype=dtype, mode="r")
+    def _map(self, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        if name not in self._maps:  # as a plain array: slices of a memmap cost several times as much
+            self._maps[name] = np.memmap(self.path / name, dtype=dtype, mode="r").view(np.ndarray)
         return self._maps[name]
 
 
@@ -223,7 +236,8 @@ def _is_whole(path: Path, digest: str) -> bool:
 
 def _build(
     manifest: Manifest, preprocessor: Preprocessor, directory: Path, path: Path, digest: str, progress: Progress | None
-) -> None:
+) -> contextlib.AbstractContextManager[object]:
+    """Build the store and hold it, until what this returns is closed: others may trim the folder at any time."""
     directory.mkdir(parents=True, exist_ok=True)
     _sweep(directory)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=directory))
@@ -231,13 +245,16 @@ def _build(
         _write(manifest, preprocessor, building, digest, progress)
         if path.exists():  # damaged, or another process was faster
             if _is_whole(path, digest):
-                return
+                return contextlib.nullcontext()
             shutil.rmtree(path, ignore_errors=True)
+        held = shelf.hold(building)
         try:
             building.rename(path)
         except OSError:
+            held.close()
             if not _is_whole(path, digest):
                 raise
+        return held
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

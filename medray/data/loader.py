@@ -2,14 +2,14 @@
 
 An epoch is a pass over the cases (``train.samples_per_case`` patches of each), its last batch filled up with cases
 drawn anew, so that every step sees ``train.batch_size`` samples. Everything random depends on (seed, epoch, batch)
-alone: a resumed run, and any number of worker processes, see the same batches.
+alone: a resumed run, and any number of threads or processes that make batches ahead, see the same batches.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from medray.config.schema import Experiment
+from medray.data.ahead import DEPTH, Helpers, in_threads, shared_memory, usable_cpus
 from medray.data.augment import Augment
 from medray.data.cache import PreparedStore
 from medray.data.manifest import IGNORE, TaskKind
@@ -27,6 +28,8 @@ from medray.data.preprocess import OUTSIDE
 from medray.errors import ConfigError, DataError
 
 __all__ = ["Batch", "TrainLoader", "train_loader"]
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 """image: (B, C, *s) float32. target: (B, *s) int64 (segmentation), (B,) int64 (classification) or (B, K) float32
@@ -44,6 +47,7 @@ def train_loader(
     kind: TaskKind,
     num_classes: int,
     workers: int | None = None,
+    processes: bool | None = None,
 ) -> TrainLoader:
     """A loader of training batches.
 
@@ -53,33 +57,47 @@ def train_loader(
         experiment: ``train``, ``augment``, ``preprocess.spacing``, ``seed`` and ``device`` are looked at.
         kind: the task.
         num_classes: K.
-        workers: processes that make batches ahead; 0 makes them here, in the caller's own process. None chooses: none
-            for training on the CPU, where they would take the cores that train, some for a GPU.
+        workers: helpers that make batches ahead; 0 makes them in place. None takes ``train.loader_workers``, and where
+            that is None, too, as many as pay.
+        processes: whether helpers are processes rather than threads. None: where a GPU trains, since Python's part of
+            the work would hold up the thread that feeds it; on a CPU, threads cost neither memory nor a start.
 
     Raises:
         DataError: no cases, a case without target, or images of several shapes without a patch size.
         ConfigError: a patch size of the wrong length; mixup for segmentation.
     """
-    on_gpu = experiment.device == "cuda" or (experiment.device == "auto" and torch.cuda.is_available())
-    if workers is None:
-        workers = max(1, min(8, _cores() - 1)) if on_gpu else 0
+    on_gpu = torch.cuda.is_available() and experiment.device != "cpu"
     batches = _Batches(store, np.asarray(indices, dtype=np.int64), experiment, kind, num_classes)
-    return TrainLoader(batches, workers=workers, pin_memory=on_gpu and torch.cuda.is_available())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = experiment.train.loader_workers if workers is None else workers
+    if workers is None:
+        # A CPU that trains begins without, for helpers would take the cores that train; a GPU has them idle.
+        spare = usable_cpus() - 1
+        helpers = Helpers(max(1, min(4, spare)), max(1, spare)) if on_gpu else Helpers(0, spare)
+    else:
+        helpers = Helpers(workers, workers)
+    return TrainLoader(batches, helpers, processes=on_gpu if processes is None else processes)
 
 
 class TrainLoader:
     """Iterates over one epoch's batches; :meth:`set_epoch` says which."""
 
-    def __init__(self, batches: _Batches, *, workers: int, pin_memory: bool) -> None:
-        self._batches, self._workers, self._pin = batches, workers, pin_memory
+    def __init__(self, batches: _Batches, helpers: Helpers, *, processes: bool) -> None:
+        self._batches, self._helpers, self._processes = batches, helpers, processes
         self._epoch = 0
         self._strength: float | None = None
+        self._stream: Iterator[Batch] | None = None  # of helpers, from one epoch into the next
+        self._coming: tuple[Key, int] | None = None  # the key that it gives next, and its number of helpers
         self._loader: DataLoader[Batch] | None = None
-        self._keys = _Keys()
+        self._keys = _Keys(len(batches))
+
+    @property
+    def workers(self) -> int:
+        """Helpers that make batches ahead, now."""
+        return self._helpers.number
+
+    def observe(self, samples: float, seconds: float, waited: float) -> None:
+        """Tell of an epoch that is over; the number of helpers follows (see :class:`Helpers`)."""
+        self._helpers.observe(samples, seconds, waited)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through; without it, each follows the former."""
@@ -95,43 +113,79 @@ class TrainLoader:
         Raises:
             ConfigError: the batch has fewer samples than there are processes.
         """
-        return TrainLoader(self._batches.shard(rank, ranks), workers=self._workers, pin_memory=self._pin)
+        return TrainLoader(self._batches.shard(rank, ranks), self._helpers.again(), processes=self._processes)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        keys = [(epoch, number, self._strength) for number in range(len(self))]
-        if self._workers == 0:
-            return (self._batches[key] for key in keys)
-        if self._loader is None:
+        strength = self._strength
+        return (self._batch((epoch, number, strength)) for number in range(len(self)))
+
+    def _batch(self, key: Key) -> Batch:
+        if self.workers == 0:
+            self._stream = self._loader = self._coming = None
+            return self._batches[key]
+        if self._stream is None or self._coming != (key, self.workers):
+            self._stream = None  # which ends its threads
+            self._keys.first = key
+            if self._processes and self._has_room(key):
+                self._stream = iter(self._processes_loader())
+            else:
+                self._stream = in_threads(self._batches.__getitem__, self._keys, self.workers)
+        self._coming = (self._keys.after(key), self.workers)
+        return next(self._stream)
+
+    def _processes_loader(self) -> DataLoader[Batch]:
+        if self._loader is None or self._loader.num_workers != self.workers:
             # fork would copy the threads of CUDA and Ray half; a fork server is safe, and pays for its imports once
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["medray.data.loader"])
+            context.set_forkserver_preload(["medray.data.loader", *self._batches.augment.imports])
             self._loader = DataLoader(
                 self._batches,
                 batch_size=None,
                 sampler=self._keys,
-                num_workers=self._workers,
-                pin_memory=self._pin,
+                num_workers=self.workers,
+                prefetch_factor=DEPTH,
+                pin_memory=torch.cuda.is_available(),
                 persistent_workers=True,
                 multiprocessing_context=context,
             )
-        self._keys.keys = keys
-        return iter(self._loader)
+        return self._loader
+
+    def _has_room(self, key: Key) -> bool:
+        """Whether what processes hand over fits into shared memory; from the first "no" on, threads do it."""
+        if self._loader is None:
+            batch = sum(tensor.nbytes for tensor in self._batches[key].values())
+            need = batch * (DEPTH * max(self._helpers.most, self.workers) + 2)
+            if shared_memory() < need:
+                log.warning(
+                    "loader: /dev/shm has no room for %.0f MiB of batches: threads make them, which may be slower. "
+                    "Enlarge it (docker run --shm-size)",
+                    need / 2**20,
+                )
+                self._processes = False
+        return self._processes
 
 
 class _Keys:
-    """A sampler whose keys are set before each epoch, so that worker processes outlive epochs."""
+    """A sampler without end: from its first key on through this epoch and those after it."""
 
-    keys: Sequence[Key] = ()
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.first: Key = (0, 0, None)
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(self.keys)
+        key = self.first
+        while True:
+            yield key
+            key = self.after(key)
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def after(self, key: Key) -> Key:
+        """The next batch's, at the same strength."""
+        epoch, number, strength = key
+        return (epoch, number + 1, strength) if number + 1 < self.length else (epoch + 1, 0, strength)
 
 
 class _Batches(Dataset[Batch]):
@@ -154,9 +208,11 @@ class _Batches(Dataset[Batch]):
         self.seed, self.train = experiment.seed, train
         self.rows = np.arange(train.batch_size)
         self.lane = 0
+        self._last_order: tuple[int, npt.NDArray[np.int64]] = (-1, self.rows)
         self.patch = self._patch_size()
         self.augment = Augment(experiment.augment, ndim=store.ndim, spacing=experiment.preprocess.spacing)
         self.field = self._field()
+        self.whole = all(self.store.shape(int(i)) == self.field == self.patch for i in cases)
         self.targets = None if kind == "segmentation" else self._targets()
         self.strata = self._strata() if train.balanced and self.targets is not None else None
         if kind == "segmentation":
@@ -231,11 +287,7 @@ class _Batches(Dataset[Batch]):
         drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
         rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
-        images = torch.full((len(drawn), self.store.channels, *self.field), OUTSIDE)
-        masks = torch.full((len(drawn), *self.field), float(IGNORE)) if self.kind == "segmentation" else None
-        for row, position in enumerate(drawn):
-            mask = None if masks is None else masks[row].numpy()
-            self._read(int(self.cases[position]), number * size + int(self.rows[row]), rng, images[row].numpy(), mask)
+        images, masks = self._read_all(drawn, number * size, rng)
         augment = self.augment if strength is None else self.augment.at(strength)
         images, masks = augment(images, masks, generator, size=self.patch)
         if masks is not None:
@@ -247,8 +299,28 @@ class _Batches(Dataset[Batch]):
                 images, target = self._mix(images, target, rng)
         return {"image": images, "target": target, "index": torch.from_numpy(self.cases[drawn])}
 
+    def _read_all(
+        self, drawn: npt.NDArray[np.int64], first: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """The field of each sample, (B, C, *field) and, in segmentation, (B, *field) float32."""
+        if self.whole and self.kind != "segmentation":
+            return torch.from_numpy(self.store.images(self.cases[drawn])), None
+        images = np.full((len(drawn), self.store.channels, *self.field), OUTSIDE, np.float32)
+        masks = np.full((len(drawn), *self.field), IGNORE, np.float32) if self.kind == "segmentation" else None
+        for row, position in enumerate(drawn):
+            mask = None if masks is None else masks[row]
+            self._read(int(self.cases[position]), first + int(self.rows[row]), rng, images[row], mask)
+        return torch.from_numpy(images), None if masks is None else torch.from_numpy(masks)
+
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Positions in ``cases`` of all samples of an epoch, (steps * batch_size,)."""
+        last, order = self._last_order  # in one piece, since several threads ask
+        if last != epoch:
+            order = self._shuffled(epoch)
+            self._last_order = (epoch, order)
+        return order
+
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
         rng = np.random.default_rng((self.seed, epoch))
         need = len(self) * self.train.batch_size
         if self.strata is None:

@@ -50,7 +50,7 @@ CHECKPOINT_SECONDS = 120.0
 
 class Batches(Protocol):
     """A training loader: as many batches in every epoch; which they are follows from its seed, the epoch and the
-    position."""
+    position. One with ``observe(samples, seconds, waited)`` hears what each epoch came to, and may have ``workers``."""
 
     def __len__(self) -> int:
         """Batches of one epoch."""
@@ -287,6 +287,10 @@ class _Run:
                     f"the training loader ended before the {self.steps_per_epoch} batches it promised for epoch {epoch}"
                 )
             yield batch
+        spent = self.meter.epoch()
+        observe = getattr(self.batches, "observe", None)
+        if callable(observe) and not position:  # an epoch that was resumed is not all of one
+            observe(spent.samples, spent.seconds, spent.waited)
 
     def _learn(self, batch: Mapping[str, Tensor]) -> None:
         factor = self.schedule.factor(self.step, self.pace.total)
@@ -351,7 +355,11 @@ class _Run:
             self.adaptive.observe(self.epoch - 1, value)
         (total,) = self._mean(self.losses[0])
         processes, rate, wait = self.runtime.reduce({"pace": [1.0, *self.meter.rates()]})["pace"]
-        pace = {"system/samples_per_second": float(rate), "system/loader_wait": float(wait / processes)}
+        pace = {
+            "system/samples_per_second": float(rate),
+            "system/loader_wait": float(wait / processes),
+            "system/loader_workers": float(getattr(self.batches, "workers", 0)),
+        }
         mean_loss = total / self.losses[1] if self.losses[1] else math.nan
         self.losses = (0.0, 0)
         progress = Progress(
@@ -503,6 +511,8 @@ class _Run:
             weights=self._weights() if self.best["weights"] is None else self.best["weights"],
             peak_memory_mb=memory.peak_mb(self.runtime.device),
             step_seconds=self.pace.step_seconds,
+            loader_wait=self.meter.wait(),
+            loader_workers=getattr(self.batches, "workers", 0),
             micro_batch=min(
                 self.stepper.micro_batch or self.experiment.train.batch_size, self.experiment.train.batch_size
             ),
@@ -525,6 +535,6 @@ def _length(batches: Iterable[Any]) -> int:
 
 def _digest(experiment: Experiment) -> str:
     """Of what decides a run; where it runs, and in how many parts, does not."""
-    parts = {"micro_batch", "checkpointing", "workers", "min_workers"}
+    parts = {"micro_batch", "checkpointing", "workers", "min_workers", "loader_workers"}
     content = json.dumps(experiment.model_dump(mode="json", exclude={"device": True, "train": parts}), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

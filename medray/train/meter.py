@@ -5,12 +5,38 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from medray.train import memory
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "Spent"]
+
+
+class Spent(NamedTuple):
+    """What steps came to.
+
+    Attributes:
+        samples: of this process.
+        seconds: of the steps, the wait included.
+        waited: seconds of waiting for batches.
+    """
+
+    samples: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the time that was waited, 0..1."""
+        return min(1.0, self.waited / self.seconds) if self.seconds > 0 else 0.0
+
+    def more(self, samples: int = 0, seconds: float = 0.0, waited: float = 0.0) -> Spent:
+        return Spent(self.samples + samples, self.seconds + seconds, self.waited + waited)
+
+    def since(self, earlier: Spent) -> Spent:
+        return self.more(-earlier.samples, -earlier.seconds, -earlier.waited)
 
 
 class Meter:
@@ -22,7 +48,7 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
+        self._total = self._read = self._epoch = Spent()  # of the run, at the last reading, at the last epoch's end
         self._use: list[float] = []
         self._can_ask = device.type == "cuda"
 
@@ -33,12 +59,11 @@ class Meter:
         try:
             yield
         finally:
-            self._waited += time.perf_counter() - began
+            self._total = self._total.more(waited=time.perf_counter() - began)
 
     def stepped(self, samples: int, seconds: float) -> None:
         """A step has ended: so many samples of this process, in so many seconds, the wait for them included."""
-        self._samples += samples
-        self._seconds += seconds
+        self._total = self._total.more(samples, seconds)
 
     def ask_device(self) -> None:
         """Note how busy the device is just now, as the driver says; now and then is enough."""
@@ -52,10 +77,17 @@ class Meter:
     def rates(self) -> tuple[float, float]:
         """Samples a second of this process, and the share of the time (0..1) that it waited for data, since the last
         reading; this ends it."""
-        seconds = max(self._seconds, 1e-9)
-        rates = (self._samples / seconds, min(1.0, self._waited / seconds)) if self._samples else (0.0, 0.0)
-        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
-        return rates
+        spent, self._read = self._total.since(self._read), self._total
+        return (spent.samples / max(spent.seconds, 1e-9), spent.share) if spent.samples else (0.0, 0.0)
+
+    def epoch(self) -> Spent:
+        """What the steps since the last call came to; this ends it."""
+        spent, self._epoch = self._total.since(self._epoch), self._total
+        return spent
+
+    def wait(self) -> float:
+        """The share of all steps' time (0..1) that this process waited for data."""
+        return self._total.share
 
     def device(self) -> dict[str, float]:
         """``system/peak_memory_mb`` (MiB, since the run's start) and, of a CUDA device that tells it,

@@ -50,6 +50,8 @@ class FitResult:
         peak_memory_mb: of this process (CPU) or of the device's allocator (CUDA), MiB.
         step_seconds: median, loading included.
         micro_batch: samples at once in memory in the end; below ``train.batch_size`` where memory was short.
+        loader_wait: share of the steps' time (0..1) that this process waited for batches.
+        loader_workers: helpers that made batches ahead, in the end.
     """
 
     best: dict[str, float]
@@ -63,3 +65,5 @@ class FitResult:
     peak_memory_mb: float
     step_seconds: float
     micro_batch: int
+    loader_wait: float = 0.0
+    loader_workers: int = 0

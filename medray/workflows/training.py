@@ -243,7 +243,8 @@ def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
         return experiment
     begun = build_experiment(compose(path, []).explicit)
     asked = experiment.train
-    parts = {name: getattr(asked, name) for name in ("workers", "min_workers", "micro_batch", "checkpointing")}
+    free = ("workers", "min_workers", "loader_workers", "micro_batch", "checkpointing")
+    parts = {name: getattr(asked, name) for name in free}
     found = begun.train.micro_batch
     begun = begun.model_copy(update={"train": begun.train.model_copy(update=parts)})
     same = begun.model_copy(update={"train": begun.train.model_copy(update={"budget": asked.budget})})
@@ -270,6 +271,8 @@ def _save_trained(directory: Path, result: FitResult) -> None:
         "peak_memory_mb": result.peak_memory_mb,
         "step_seconds": result.step_seconds,
         "micro_batch": result.micro_batch,
+        "loader_wait": result.loader_wait,
+        "loader_workers": result.loader_workers,
     }
     text = directory / "result.json.part"
     text.write_text(json.dumps(summary, indent=1), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -156,13 +157,85 @@ def test_seed_epoch_and_batch_decide(volumes: PreparedStore) -> None:
     assert not same(list(segmentation(volumes, other)), first)
 
 
-def test_worker_processes_change_nothing(volumes: PreparedStore) -> None:
+@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+def test_helpers_change_nothing(volumes: PreparedStore, processes: bool) -> None:
     config = experiment(AugmentConfig(p_affine=1.0, p_noise=1.0), batch_size=4, patch_size=(8, 8, 8))
-    here, there = segmentation(volumes, config, workers=0), segmentation(volumes, config, workers=2)
-    for epoch in (0, 3):
+    here, there = (
+        segmentation(volumes, config, workers=0),
+        segmentation(volumes, config, workers=2, processes=processes),
+    )
+    threads = torch.get_num_threads()
+    for epoch in (0, 1, 4):  # one that they were ahead into, and one that they weren't
         here.set_epoch(epoch)
         there.set_epoch(epoch)
+        if epoch == 4:
+            next(iter(there))  # given up after a batch
+            there.set_epoch(epoch)
+            here.set_strength(0.5)
+            there.set_strength(0.5)
         assert same(list(here), list(there))
+    assert there.workers == 2 and torch.get_num_threads() == threads
+
+
+def test_threads_go_on_into_the_next_epoch(volumes: PreparedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = segmentation(volumes, experiment(batch_size=4, patch_size=(8, 8, 8), loader_workers=1))
+    made: list[int] = []
+    make = type(loader._batches).__getitem__
+
+    def noted(batches: Any, key: Any) -> Batch:
+        made.append(key[0])
+        return make(batches, key)
+
+    monkeypatch.setattr(type(loader._batches), "__getitem__", noted)
+    list(loader)
+    for _ in range(200):
+        if made.count(1) == 2:
+            break
+        time.sleep(0.01)
+    assert made == [0, 0, 0, 1, 1]
+    reference = segmentation(volumes, experiment(batch_size=4, patch_size=(8, 8, 8)), workers=0)
+    reference.set_epoch(1)
+    assert same(list(loader), list(reference))
+
+
+def test_processes_without_room_for_their_batches_are_threads(
+    volumes: PreparedStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = experiment(batch_size=4, patch_size=(8, 8, 8), loader_workers=2)
+    monkeypatch.setattr("medray.data.loader.shared_memory", lambda: 50_000)  # a batch has 41 kB
+    loader = segmentation(volumes, config, processes=True)
+    assert same(list(loader), list(segmentation(volumes, config, workers=0)))
+    assert "shm-size" in caplog.text and loader._loader is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells which pages of a file were touched")
+def test_patches_are_read_without_their_volumes_and_placed_without_masks(tmp_path: Path) -> None:
+    """Which pages of a mapped file were touched, the kernel knows; around each it maps up to 2 MiB."""
+    shape = (1600, 64, 64)
+    mask = np.zeros(shape, np.uint8)
+    mask[700:720, 30:50, 30:40] = 1
+    store = store_of(
+        tmp_path, [np.zeros(shape, np.uint8)], [mask], task="segmentation", classes=("background", "lesion")
+    )
+    config = experiment(batch_size=2, samples_per_case=2, patch_size=(12, 12, 12), foreground=0.5)
+    loader = train_loader(store, [0], config, kind="segmentation", num_classes=2, workers=0)
+    for position in range(50):
+        loader._batches._place(0, shape, position, np.random.default_rng(position))
+    assert resident(store.path / "masks.bin") == 0 and resident(store.path / "images.bin") == 0
+    (batch,) = loader
+    assert (batch["target"] == 1).any()
+    assert 0 < resident(store.path / "images.bin") < 0.5 * store.image(0).nbytes
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that this process has touched."""
+    ours, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
 
 
 def test_shards_are_the_batch(pictures: PreparedStore) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +130,104 @@ def test_a_builder_that_is_killed_lets_the_next_one_in(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def _open_and_sum(manifest: Manifest, config: PreprocessConfig, directory: Path, found: Any) -> None:
+    store = PreparedStore.open_or_build(manifest, config, directory)
+    found.put(sum(float(store.image(i).sum()) for i in range(len(store))))
+
+
+def test_builders_in_processes_go_on_where_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("fork")
+    manifest, directory = folder_of_pictures(tmp_path), tmp_path / "cache"
+    begun, found = context.Value("i", 0), context.Queue()
+    write = cache._write
+
+    def first_gets_stuck(manifest: Any, preprocessor: Any, folder: Path, *others: Any) -> None:
+        with begun.get_lock():
+            begun.value += 1
+            number = begun.value
+        if number == 1:
+            (folder / "images.bin").write_bytes(b"half of")
+            time.sleep(60)
+        write(manifest, preprocessor, folder, *others)
+
+    monkeypatch.setattr(cache, "_write", first_gets_stuck)
+    processes = [
+        context.Process(target=_open_and_sum, args=(manifest, CONFIG, directory, found), daemon=True) for _ in range(4)
+    ]
+    processes[0].start()
+    while begun.value == 0:
+        time.sleep(0.01)
+    for process in processes[1:]:
+        process.start()
+    os.kill(processes[0].pid or 0, signal.SIGKILL)
+    sums = [found.get(timeout=60) for _ in processes[1:]]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0, 0]
+    assert len(set(sums)) == 1 and begun.value == 2
+    assert len(list(directory.iterdir())) == 2, "the store, and what the killed one left, for a day"
+
+
+def test_processes_that_crowd_each_other_out_all_get_their_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one builds another store, and the folder has no room for two."""
+    monkeypatch.setenv("MEDRAY_CACHE_LIMIT", "0")
+    context = multiprocessing.get_context("fork")
+    manifest = folder_of_pictures(tmp_path)
+    found = context.Queue()
+    processes = [
+        context.Process(target=_open_again_and_again, args=(manifest, pad, tmp_path / "cache", found), daemon=True)
+        for pad in (1, 2, 4, 2)
+    ]
+    for process in processes:
+        process.start()
+    told = [found.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert told == ["ok"] * 4
+
+
+def _open_again_and_again(manifest: Manifest, pad: int, directory: Path, found: Any) -> None:
+    config = PreprocessConfig(pad_multiple=pad)
+    try:
+        for _ in range(12):
+            store = PreparedStore.open_or_build(manifest, config, directory)
+            assert all(np.isfinite(store.image(i)).all() for i in range(len(store)))
+            store._held.close()
+    except BaseException as error:
+        found.put(repr(error))
+    else:
+        found.put("ok")
+
+
+def test_eviction_while_another_process_reads(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    first, other = age(build(tmp_path), 200), age(build(tmp_path, 2), 100)
+    pipe, there = context.Pipe()
+    process = context.Process(target=_read_when_told, args=(MANIFESTS[tmp_path], tmp_path / "cache", there))
+    process.start()
+    assert pipe.poll(60) and pipe.recv() == first.name
+    assert [entry.path for entry in shelf.trim(tmp_path / "cache", 0)] == [other]
+    shutil.rmtree(first)  # as a person would
+    pipe.send("read")
+    assert pipe.poll(60)
+    expected = build(tmp_path)
+    np.testing.assert_array_equal(pipe.recv(), expected.image(3))
+    process.join()
+    assert process.exitcode == 0
+    age(expected, 0)
+    assert [entry.path for entry in shelf.trim(tmp_path / "cache", 0)] == [first]
+
+
+def _read_when_told(manifest: Manifest, directory: Path, pipe: Any) -> None:
+    store = PreparedStore.open_or_build(manifest, PreprocessConfig(pad_multiple=1), directory)
+    float(store.image(0).sum())  # maps the file: from now on it can't be taken away
+    pipe.send(store.path.name)
+    pipe.recv()
+    pipe.send(np.array(store.image(3)))
+
+
 def test_a_full_disk_makes_room_once_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = age(build(tmp_path, 2), 100)
     write, failures = cache._write, []
@@ -158,3 +258,16 @@ def test_a_store_removed_between_two_lines_is_built_again(tmp_path: Path, monkey
 
     monkeypatch.setattr(cache, "_is_whole", vanishing)
     assert build(tmp_path).path == path
+
+
+def test_a_store_is_held_from_its_building_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its last line and its first reader another process may trim the folder, again and again."""
+    building = cache._build
+
+    def crowded(*arguments: Any) -> Any:
+        held = building(*arguments)
+        assert shelf.trim(tmp_path / "cache", 0) == []
+        return held
+
+    monkeypatch.setattr(cache, "_build", crowded)
+    assert build(tmp_path).image(0).shape
