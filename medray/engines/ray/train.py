@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from medray.engines.ray.session import quiet_environment
 from medray.errors import MedrayError, TrainingError
 from medray.train.progress import Progress
 from medray.train.runtime import Runtime
+
+_log = logging.getLogger(__name__)
 
 GroupFunction = Callable[[Any, Runtime, Callable[[Progress], bool]], None]
 """Trains; called in each process with the task, its runtime, and whom to tell of progress (True: stop)."""
@@ -240,6 +243,13 @@ def _work(config: dict[str, Any]) -> None:
     torch.set_num_threads(size.cpus)
     runtime = GroupRuntime(ray.train.torch.get_device(), sync_batchnorm=size.sync_batchnorm)
     logs.join(config["where"], rank=runtime.lane)
+    if runtime.is_main:
+        fewer = runtime.size < size.workers
+        _log.log(
+            logging.WARNING if fewer else logging.INFO,
+            f"{runtime.size} of {size.workers} processes train"
+            + (": the others' machines are gone, or taken; the batch is shared among these" if fewer else ""),
+        )
 
     def report(progress: Progress) -> bool:
         return bool(ray.get(mailbox.tell.remote(progress)))
