@@ -34,12 +34,22 @@ QUICK = {
 }
 
 
+def start() -> Cluster:
+    """Ray gives a raylet 30 s, which a busy machine may not keep."""
+    for _ in range(3):
+        try:
+            return Cluster(initialize_head=True, head_node_args={**MACHINE, "include_dashboard": False})
+        except Exception as error:
+            print(f"again: {error}", file=sys.stderr, flush=True)
+    raise SystemExit("Ray does not start")
+
+
 def main(folder: Path) -> None:
     os.environ.update(QUICK)
     train._RESIZE_SECONDS = 3.0
     setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
     recipe = Recipe(directory=setup["directory"], explicit=setup["explicit"], cache=setup["cache"])
-    cluster = Cluster(initialize_head=True, head_node_args={**MACHINE, "include_dashboard": False})
+    cluster = start()
     machine: Any = cluster.add_node(**MACHINE)
     epochs: list[list[int]] = []
     changed = 0  # 1: a machine is lost, 2: another one has come

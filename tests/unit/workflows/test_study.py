@@ -15,7 +15,7 @@ from medray.engines.ray.session import RaySession
 from medray.errors import ConfigError, StudyError
 from medray.report.data import Gain, Interval
 from medray.search.trial import TrialRecord
-from medray.workflows.conclusion import Concluded, _headline, _leaderboard
+from medray.workflows.conclusion import Concluded, _headline, _leaderboard, _losses, _trial_row
 from medray.workflows.study import Asked, _new, _resumed, _save_asked, _Study
 
 SPACE = """
@@ -158,6 +158,19 @@ def test_the_leaderboards_first_row_is_the_best(tmp_path, direction, first):
     trials = [row["trial"] for row in rows]
     assert trials[0] == first and trials[2:] == ["0", "3", "4"]
     assert rows[3]["model.name"] == "unet" and rows[3]["optim.lr"] == ""
+
+
+def test_the_report_says_what_was_lost_with_a_machine():
+    records = (
+        record(0, "completed", is_default=True, losses=("10.0.0.2",)),
+        record(1, "completed"),
+        record(2, "pruned", losses=("10.0.0.2", "10.0.0.3")),
+    )
+    assert _losses(records) == {
+        "Lost and run again": "3: trial 0 on 10.0.0.2, trial 2 on 10.0.0.2, trial 2 on 10.0.0.3"
+    }
+    assert _trial_row(records[0]).note == "the plan's default; lost on 10.0.0.2, run again"
+    assert _losses(records[1:2]) == {} and _trial_row(records[1]).note == ""
 
 
 def test_the_headline_says_what_was_measured_where():
