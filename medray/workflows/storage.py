@@ -48,6 +48,7 @@ _INDEX, _OBJECTS, _VERSION = "index.json", "objects", 1
 _DATABASE = "study.db"
 _LEFT_OUT = frozenset({MARK, ".study.lock", f"{_DATABASE}-wal", f"{_DATABASE}-shm"})
 _CHUNK = 8 * 2**20  # bytes
+_LONGEST = 500  # characters of a name
 _MOST = 64 * 2**20  # bytes of an index: beyond, it is none of ours
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -154,10 +155,11 @@ class RunStore:
             for name, path in _files(directory, Path(scratch)):
                 with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                     size, digest = _measure(file)
-                    if digest not in have:
-                        self._upload(file, size, digest)
+                    if digest in have or self._upload(file, size, digest):
                         have.add(digest)
-                    entries[name] = Entry(size=size, sha256=digest)
+                        entries[name] = Entry(size=size, sha256=digest)
+                    elif name in known:
+                        entries[name] = known[name]
         if writer is not None:
             self._check_owner(writer)
         self._name_of(directory)
@@ -213,17 +215,26 @@ class RunStore:
                 f"there any more. Its folder is left as it is"
             )
 
-    def _upload(self, file: IO[bytes], size: int, digest: str) -> None:
-        """The first ``size`` bytes, which are those that were measured: a log may have grown since."""
+    def _upload(self, file: IO[bytes], size: int, digest: str) -> bool:
+        """The first ``size`` bytes, which are those that were measured: a log may have grown since.
+
+        Returns:
+            whether they were still the same: a file that was written anew in between is left for the next time.
+        """
+        path, sent, left = f"{self._root}/{_OBJECTS}/{digest}", hashlib.sha256(), size
         file.seek(0)
         try:
-            with self._filesystem.open_output_stream(f"{self._root}/{_OBJECTS}/{digest}") as stream:
-                left = size
+            with self._filesystem.open_output_stream(path) as stream:
                 while left and (part := file.read(min(_CHUNK, left))):
                     stream.write(part)
+                    sent.update(part)
                     left -= len(part)
+            if sent.hexdigest() != digest:
+                self._filesystem.delete_file(path)
+                return False
         except OSError as error:
             raise self._unreachable("written", error) from error
+        return True
 
     def _download(self, entry: Entry, path: Path, name: str) -> None:
         digest, left = hashlib.sha256(), entry.size
@@ -329,9 +340,7 @@ def parse_index(text: bytes, where: str) -> tuple[str, dict[str, Entry]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{where} is damaged ({error!r}): it is not the index of a run") from None
     for name, entry in entries.items():
-        parts = PurePosixPath(name).parts
-        plain = name.isprintable() and not set("\\:") & set(name) and len(name.encode(errors="replace")) <= 1000
-        if not plain or not parts or name != "/".join(parts) or ".." in parts or name.startswith("/") or name == MARK:
+        if not _is_plain(name):
             raise StorageError(f"{where} names {name!r}, which is no path below a run's folder; nothing was taken")
         if entry.size < 0 or not _DIGEST.fullmatch(entry.sha256):
             raise StorageError(f"{where}: size or SHA-256 of {name!r} can't be")
@@ -377,6 +386,15 @@ def _s3() -> Any:
     )
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name stays below the folder that it is put into, on any system."""
+    parts = PurePosixPath(name).parts
+    printable = name.isprintable() and not set("\\:") & set(name) and len(name) <= _LONGEST
+    return (
+        printable and bool(parts) and name == "/".join(parts) and ".." not in parts and parts[0] != "/" and name != MARK
+    )
+
+
 def read_mark(directory: Path) -> dict[str, str]:
     """``url``, ``writer`` and ``former`` of a run's folder; nothing where it is kept in no store."""
     with contextlib.suppress(OSError, ValueError):
@@ -414,7 +432,8 @@ def files_of(directory: Path) -> Iterator[Path]:
             path = Path(folder) / name
             if name.endswith(".part") or (top and name in _LEFT_OUT) or path.is_symlink():
                 continue
-            yield path
+            if _is_plain(path.relative_to(directory).as_posix()):  # nothing that could not be fetched again
+                yield path
 
 
 def _measure(file: IO[bytes]) -> tuple[int, str]:

@@ -125,7 +125,7 @@ def cluster_file(folder: Path) -> str:
 def play(folder: Path, file: str) -> None:
     """The commands of docs/cluster.md."""
     say("token", "ray", "get-auth-token", "--generate")
-    up = say("up", "ray", "up", "-y", "--no-config-cache", file, timeout=180)
+    up = say("up", "ray", "up", "-y", "--no-config-cache", file, timeout=300)
     if up.returncode == 0:
         with (folder / "tunnel.txt").open("w") as log:
             tunnel = subprocess.Popen(["ray", "dashboard", file], stdout=log, stderr=log, cwd=ROOT)

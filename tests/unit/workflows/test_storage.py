@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ class Disk:
 
     def __init__(self, breaks: int | None = None) -> None:
         self._disk, self.left = LocalFileSystem(), breaks
+        self.opens: Callable[[str], object] = lambda _: None
 
     def open_output_stream(self, path: str) -> Any:
         self._change()
+        self.opens(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return self._disk.open_output_stream(path)
 
@@ -185,6 +188,23 @@ def test_damaged_contents_are_refused_and_nothing_is_left(run: Path, tmp_path: P
     with pytest.raises(StorageError, match=r"study\.yaml"):
         store(tmp_path).fetch(tmp_path / "again")
     assert not (tmp_path / "again").exists() and not list(tmp_path.glob(".again*"))
+
+
+def test_a_file_that_changes_while_it_is_sent_waits_for_the_next_time(run: Path, tmp_path: Path) -> None:
+    """One that is written anew in place: its bytes are no longer those that the index would name."""
+    report = run / "report.html"
+    report.write_text("old", encoding="utf-8")
+    known = store(tmp_path).claim(run)
+    report.write_text("new", encoding="utf-8")
+    disk = Disk()
+    disk.opens = lambda path: report.write_text("NEW", encoding="utf-8") if "objects" in path else None
+    own = json.loads((run / MARK).read_text())["writer"]
+    entries = RunStore(disk, str(tmp_path / "bucket" / "seg"), URL).publish(run, known=known, writer=own)
+    store(tmp_path).fetch(tmp_path / "again")
+    assert (tmp_path / "again" / "report.html").read_text(encoding="utf-8") == "old"
+    store(tmp_path).publish(run, known=entries, writer=own)
+    store(tmp_path).fetch(tmp_path / "later")
+    assert (tmp_path / "later" / "report.html").read_text(encoding="utf-8") == "NEW"
 
 
 def test_an_outage_is_noted_once_and_made_good(run: Path, tmp_path: Path) -> None:
