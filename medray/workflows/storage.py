@@ -28,6 +28,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from medray.errors import ConfigError, StorageError
+from medray.workflows.sitting import disown
 
 __all__ = [
     "Entry",
@@ -107,6 +108,7 @@ class RunStore:
             for name, entry in sorted(index[1].items()):
                 self._download(entry, partial / name, name)
             write_mark(partial, self.url, former=index[0])
+            disown(partial)
             try:
                 partial.rename(directory)
             except OSError as error:

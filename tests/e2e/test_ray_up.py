@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.ray_up_stage import SLACK
+
 STAGE = Path(__file__).with_name("ray_up_stage.py")
 APART = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
 
@@ -44,7 +46,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=900)
+        out, err = process.communicate(timeout=900 * SLACK)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # the namespace's first process dies with it, and with that all
@@ -53,7 +55,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(1000 * SLACK)
 def test_the_documented_commands_bring_a_cluster_up_run_on_it_and_end_it(said: dict[str, dict[str, Any]]) -> None:
     assert said["status"]["machines"] == 2, said["status"]
     assert said["submit"]["code"] == 0 and "4 cases" in said["submit"]["out"], said["submit"]
@@ -62,7 +64,7 @@ def test_the_documented_commands_bring_a_cluster_up_run_on_it_and_end_it(said: d
     assert said["after"]["out"].strip() == "0", "the worker ends when its head is gone"
 
 
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(1000 * SLACK)
 def test_a_study_outlives_a_machine_that_is_cut_off(said: dict[str, dict[str, Any]]) -> None:
     """Its trials are run again on the other; the study ends, says what was lost where, and the machine comes back."""
     ended = said["ended"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.crash import NAME, SPACE, _alive, _family, _start, read_trials
+from benchmarks.crash import NAME, PATIENCE, SPACE, _alive, _family, _start, read_trials
 from medray.errors import StorageError
 from medray.workflows.events import StudyEvent
 from medray.workflows.storage import RunStore
@@ -46,7 +46,7 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{BUCKET}/runs"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_a_study_goes_on_from_the_store_on_another_disk(bucket: str, tmp_path: Path) -> None:
     """The driver gets SIGKILL with trials ended and others in flight, and its folder is deleted."""
     space = tmp_path / "space.yaml"
@@ -55,7 +55,7 @@ def test_a_study_goes_on_from_the_store_on_another_disk(bucket: str, tmp_path: P
     first.mkdir()
     asked = ["tune", str(space), f"study.name={NAME}", "study.trials=4", "study.concurrency=1", "--storage", bucket]
     process, log = _start(first, asked), first / "log.txt"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while "trial 1 completed" not in log.read_text(encoding="utf-8"):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
         time.sleep(0.05)
@@ -72,7 +72,7 @@ def test_a_study_goes_on_from_the_store_on_another_disk(bucket: str, tmp_path: P
     second = tmp_path / "second"
     second.mkdir()
     process, log = _start(second, ["tune", "--resume", f"{bucket}/{NAME}"]), second / "log.txt"
-    assert process.wait(200) == 0, log.read_text(encoding="utf-8")
+    assert process.wait(PATIENCE) == 0, log.read_text(encoding="utf-8")
     found = read_trials(second / "runs" / NAME)
     assert sorted(found) == [0, 1, 2, 3] and all(row.is_finished for row in found.values())
     assert (found[0], found[1]) == (told[0], told[1]), "nothing that had ended is lost"
@@ -93,7 +93,7 @@ def test_a_training_goes_on_from_the_store_when_its_disk_is_gone(bucket: str, tm
 
     def lose_the_disk(event: StudyEvent) -> None:
         if event.text == "epoch 4":
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while "checkpoint.pt" not in (store._index() or ("", {}))[1]:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)

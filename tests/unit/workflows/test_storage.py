@@ -15,6 +15,7 @@ from pyarrow.fs import LocalFileSystem
 
 from medray.errors import ConfigError, StorageError
 from medray.workflows.mirror import Mirror
+from medray.workflows.sitting import sitting
 from medray.workflows.storage import MARK, RunStore, TakenOverError, bring, parse_index, place_of, write_mark
 
 URL = "s3://bucket/runs/seg"
@@ -78,6 +79,16 @@ def test_a_run_comes_back_as_it_was_without_a_processes_scratch(run: Path, tmp_p
     assert json.loads(found.pop(MARK))["url"] == URL
     del before[MARK]
     assert found == before
+
+
+def test_a_copy_is_nobodys(run: Path, tmp_path: Path) -> None:
+    """The process that the state file names works on the first folder, if it lives."""
+    with sitting(run, "study"):
+        store(tmp_path).claim(run)
+    store(tmp_path).fetch(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "state.json").read_text(encoding="utf-8"))["state"] == "stopped"
+    with sitting(tmp_path / "again", "study"):
+        pass
 
 
 def test_the_studys_file_is_taken_as_one_moment_of_it(run: Path, tmp_path: Path) -> None:
