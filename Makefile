@@ -17,10 +17,12 @@ demo: $(READY)
 	@if [ -e runs/demo/study.db ]; then $(BIN)/medray tune --resume runs/demo; \
 	else $(BIN)/medray tune search_spaces/demo.yaml; fi
 
-# Unit tests share nothing and run side by side; the others have one Ray and the machine to themselves.
+# These share nothing, take one core each, and run side by side; the others have one Ray and the machine to themselves.
+ALONGSIDE := tests/unit tests/integration/onnx tests/integration/test_small_set.py
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses auto --dist loadfile
-	$(BIN)/pytest tests/integration tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ALONGSIDE) --numprocesses auto --dist loadfile
+	$(BIN)/pytest tests/integration tests/e2e $(addprefix --ignore=,$(filter-out tests/unit,$(ALONGSIDE)))
 
 check: $(READY)
 	$(BIN)/ruff check .

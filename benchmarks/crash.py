@@ -121,7 +121,7 @@ class Account:
 def run(quick: bool) -> Result:
     """Figures: kills, and what each kind of loss came to; all losses must be nought."""
     generator = random.Random(0)
-    wanted, span, trials, epochs = (3, 20.0, 3, 8) if quick else (20, 45.0, 12, 40)
+    wanted, span, trials, epochs = (3, 20.0, 3, 8) if quick else (20, 30.0, 8, 30)
     kills = [Kill(victim=VICTIMS[i % 3], after=generator.uniform(1.0, span)) for i in range(wanted)]
     with tempfile.TemporaryDirectory() as folder:
         account = torment(Path(folder), kills, trials=trials, epochs=epochs, with_reference=not quick)

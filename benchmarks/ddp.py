@@ -37,7 +37,7 @@ WAYS = {"1 x 1 thread": (1, 1), "1 x 2 threads": (1, 2), "2 x 1 thread": (2, 1)}
 
 def run(quick: bool) -> Result:
     """Seconds of a step, by way and by scene; ours over torchrun's; seconds to the first step."""
-    rounds, steps = (1, 4) if quick else (5, 30)
+    rounds, steps = (1, 4) if quick else (4, 20)
     scenes = ["2d"] if quick else list(SCENES)
     ways = ["2 x 1 thread"] if quick else list(WAYS)
     figures: dict[str, Figure] = {}

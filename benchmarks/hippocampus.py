@@ -39,8 +39,9 @@ def study(work: Path, quick: bool, *, alone: bool = False) -> StudyRun:
 def run(quick: bool) -> Result:
     """Figures: mean Dice on the test volumes, gain over trial 0, wall clock."""
     work, seconds = work_folder(quick), QUICK if quick else SECONDS
-    ours, alone = study(work, quick), study(work, quick, alone=True)
+    ours = study(work, quick)
     figures = _figures(ours, seconds)
+    peers = {} if quick else {"trial 0 alone, whole budget": _figures(study(work, quick, alone=True), seconds)}
     targets = (
         {}
         if quick
@@ -53,7 +54,7 @@ def run(quick: bool) -> Result:
     return Result(
         figures=figures,
         targets=targets,
-        peers={"trial 0 alone, whole budget": _figures(alone, seconds)},
+        peers=peers,
         notes=notes,
     )
 

@@ -11,6 +11,7 @@
     │   ├── NonFiniteLossError  the loss became NaN or infinite; names step and cause
     │   └── OutOfMemoryError    it does not fit, even with a micro-batch of one
     ├── StudyError              a study that can't start, resume or finish
+    ├── StorageError            a store of runs that can't be read or written, or holds another state than the folder
     ├── BundleError             a bundle that is missing, altered, or doesn't reproduce its golden outputs
     ├── CompressionError        a bundle that can't be quantised, pruned or distilled as asked
     ├── ServingError            a server that can't start, or a request that it refuses
@@ -40,6 +41,7 @@ __all__ = [
     "PolicyError",
     "PrivacyError",
     "ServingError",
+    "StorageError",
     "StudyError",
     "TrainingError",
     "UnreadableError",
@@ -107,6 +109,10 @@ class OutOfMemoryError(TrainingError):
 
 class StudyError(MedrayError):
     """A study that can't start, resume or finish."""
+
+
+class StorageError(MedrayError):
+    """A store of runs that can't be read or written, or that holds another state than the run's folder."""
 
 
 class BundleError(MedrayError):

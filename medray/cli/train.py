@@ -26,6 +26,9 @@ def train(
     address: Annotated[
         str | None, typer.Option(help="host:port of a Ray cluster to train on, with train.workers=N")
     ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Keep the run in this store too, s3://bucket/runs; --resume goes on from it.")
+    ] = None,
 ) -> None:
     """Train one experiment; what it doesn't say is planned for the data and this machine.
 
@@ -37,7 +40,9 @@ def train(
     if out is None:
         out = _default_out(path, overrides)
     with watch(f"training in {out}") as view:
-        result = train_experiment(path, overrides, out=out, resume=resume, address=address, observer=view)
+        result = train_experiment(
+            path, overrides, out=out, resume=resume, address=address, storage=storage, observer=view
+        )
     say(result.headline)
     say(f"run: {result.directory}")
 

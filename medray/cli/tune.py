@@ -22,10 +22,18 @@ def tune(
             help="search_spaces/seg.yaml, then fields such as data=scans/ study.budget=1h",
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the study in this folder, such as runs/seg.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on with the study in this folder, such as runs/seg, or in a store: s3://bucket/runs/seg."
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(help="Of the Ray cluster that this machine is part of: auto, HOST:PORT. Else: medray submit."),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Keep the study in this store too, s3://bucket/runs; --resume goes on from it.")
     ] = None,
 ) -> None:
     """Search, fit the champion, report and bundle, within the budget.
@@ -36,12 +44,14 @@ def tune(
     path, overrides = split_arguments(arguments or [])
     if path is None and resume is None:
         raise ConfigError("tune needs a search space, such as search_spaces/seg.yaml, or --resume runs/NAME")
-    if resume is not None and not resume.is_dir():
+    if resume is not None and "://" not in resume and not Path(resume).is_dir():
         raise ConfigError(f"--resume {resume}: no such folder; it is a study's own, such as runs/seg")
     from medray.workflows.study import tune as run_study
 
-    with watch(f"study {resume.name if resume else path.stem if path else ''}") as view:
-        result = run_study(path, overrides, resume=resume, address=address, observer=view, started=started)
+    with watch(f"study {Path(resume).name if resume else path.stem if path else ''}") as view:
+        result = run_study(
+            path, overrides, resume=resume, address=address, storage=storage, observer=view, started=started
+        )
     say()
     say(result.headline)
     say(f"report: {result.report}")

@@ -162,6 +162,7 @@ class StudyDriver:
         self._ids: dict[int, int] = {}
         self._params: dict[int, dict[str, Any]] = {}
         self._histories: dict[int, list[dict[str, Any]]] = {}
+        self._losses: dict[int, list[str]] = {}
         self._running: set[int] = set()
         self._unfinished: list[int] = []
         self._failures: list[tuple[int, str]] = []
@@ -174,6 +175,7 @@ class StudyDriver:
             self._ids[trial.number] = trial._trial_id
             self._params[trial.number] = dict(trial.user_attrs.get("params", {}))
             self._histories[trial.number] = list(trial.user_attrs.get("history", []))
+            self._losses[trial.number] = list(trial.user_attrs.get("losses", []))
             if trial.state == TrialState.RUNNING:
                 self._unfinished.append(trial.number)
             elif trial.state == TrialState.FAIL:
@@ -295,6 +297,12 @@ class StudyDriver:
         curves = self._curves()
         ended = self._ids.keys() - self._running - set(self._unfinished)
         return bool(curves.get(number)) and self._rule(curves, number, ended)
+
+    def lose(self, number: int, host: str) -> None:
+        """Keep that a running trial was lost with its process on ``host``, and is run again."""
+        self._must_run(number)
+        self._losses.setdefault(number, []).append(host)
+        self._set(number, "losses", self._losses[number])
 
     def complete(self, number: int, outcome: TrialOutcome) -> None:
         """End a trial with its outcome.
@@ -418,6 +426,7 @@ class StudyDriver:
             stopped=str(attrs.get("stopped", "")),
             history=history,
             extras=dict(attrs.get("extras", {})),
+            losses=tuple(attrs.get("losses", ())),
             error=attrs.get("error") if state == "failed" else None,
             directory=self.trial_directory(trial.number),
         )

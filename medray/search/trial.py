@@ -95,6 +95,8 @@ class TrialRecord:
     extras: Mapping[str, Any]
     error: str | None
     directory: Path
+    losses: tuple[str, ...] = ()
+    """The machines with which the trial's process was lost; it was run again after each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import datetime
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -318,16 +318,17 @@ def _study_summary(
 
 
 def _trial_row(record: TrialRecord) -> TrialRow:
-    note = "the plan's default" if record.is_default else ""
+    notes = ["the plan's default"] if record.is_default else []
     if record.error:
-        note = record.error.strip().splitlines()[-1][:300]
+        notes = [record.error.strip().splitlines()[-1][:300]]
+    notes += [f"lost on {host}, run again" for host in record.losses]
     return TrialRow(
         number=record.number,
         state=record.state,
         params=dict(record.params),
         values=dict(record.metrics),
         seconds=record.seconds,
-        note=note,
+        note="; ".join(notes),
     )
 
 
@@ -343,7 +344,14 @@ def _resources(asked: Conclusion, champion: Candidate, case_seconds: float, bund
         "Measuring one case, reading included": f"{case_seconds * 1000:.0f} ms",
         "Bundle": f"{files / 2**20:.1f} MiB, written and verified in {bundle_seconds:.0f} s",
         "Machine": asked.recipe.machine.note,
+        **_losses(asked.records),
     }
+
+
+def _losses(records: Sequence[TrialRecord]) -> dict[str, str]:
+    """What was lost with processes and machines, and run again; nothing where nothing was."""
+    lost = [f"trial {record.number} on {host}" for record in records for host in record.losses]
+    return {"Lost and run again": f"{len(lost)}: {', '.join(lost)}"} if lost else {}
 
 
 def _reproduce(asked: Conclusion) -> dict[str, str]:

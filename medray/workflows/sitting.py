@@ -22,7 +22,7 @@ from medray import logs
 from medray.errors import StudyError
 from medray.workflows.events import Observer, StudyEvent
 
-__all__ = ["BEAT", "STATE", "Sitting", "State", "is_alive", "sitting"]
+__all__ = ["BEAT", "STATE", "Sitting", "State", "disown", "is_alive", "sitting"]
 
 State = Literal["running", "ended", "stopped", "failed", "damaged"]
 STATE = "state.json"
@@ -178,6 +178,13 @@ def sitting(directory: Path, kind: Literal["study", "train"], *, observer: Obser
             raise
         own.end("ended")
         logs.event("run-ended")
+
+
+def disown(directory: Path) -> None:
+    """Say of a copy of a run that nobody works on it: what its state file names is at work on the original, or was."""
+    stored = _read(directory / STATE)
+    if stored.get("state") == "running":
+        (directory / STATE).write_text(json.dumps({**stored, "state": "stopped"}, indent=1), encoding="utf-8")
 
 
 def is_alive(state: dict[str, Any], silence: float) -> bool:

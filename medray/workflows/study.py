@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from medray.data.manifest import TaskKind
 from medray.engines.ray.remote import call_all
 from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
-from medray.errors import ConfigError, StudyError
+from medray.errors import ConfigError, StorageError, StudyError
 from medray.plan.machine import Machine
 from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
+from medray.search.expectation import expected_gain
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows.champion import time_case
@@ -42,10 +44,12 @@ from medray.workflows.conclusion import Concluded, Conclusion, conclude, robustn
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
 from medray.workflows.judging import GLANCE, OBJECTIVE, Direction
+from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import describe, prepare_directory
 from medray.workflows.probe import time_step
 from medray.workflows.recipe import FIXED, Recipe
 from medray.workflows.sitting import sitting
+from medray.workflows.storage import RunStore, bring, is_address, place_of
 from medray.workflows.training import Trained, load_trained, open_store
 from medray.workflows.trial import COSTS, FinalTask, TrialPayload, run_final, run_trial
 
@@ -84,8 +88,9 @@ def tune(
     path: Path | None,
     overrides: Sequence[str] = (),
     *,
-    resume: Path | None = None,
+    resume: Path | str | None = None,
     address: str | None = None,
+    storage: str | None = None,
     runs: Path = Path("runs"),
     observer: Observer | None = None,
     started: float | None = None,
@@ -96,23 +101,31 @@ def tune(
         path: a search space's file; None for ``--resume``.
         overrides: ``data=DIR``, ``study.budget=1h``, ``optim.lr=1e-3``; on resume only ``study.trials`` and
             ``study.budget`` may change.
-        resume: the folder of a study.
+        resume: the folder of a study, or its place in a store (``s3://bucket/prefix/name``), which is brought to
+            ``runs`` first.
         address: of a Ray cluster; None starts Ray on this machine.
+        storage: ``s3://bucket/prefix``, below which the study's folder is kept too; a resumed one remembers its own.
         runs: folder in which a new study's folder is made.
         observer: hears of progress.
         started: epoch seconds from which the budget counts; None for now.
 
     Raises:
-        ConfigError, DataError, StudyError: before anything starts where that can be seen; each says what to do.
+        ConfigError, DataError, StorageError, StudyError: before anything starts where that can be seen; each says what
+            to do.
     """
     begun = time.time() if started is None else started
+    if isinstance(resume, str) and is_address(resume):
+        resume = bring(resume, runs)
     # Workers have other working directories than we.
-    directory, asked = _resumed(resume.resolve(), overrides) if resume else _new(path, overrides, runs.resolve())
+    if resume is not None:
+        directory, asked = _resumed(Path(resume).resolve(), overrides)
+    else:
+        directory, asked = _new(path, overrides, runs.resolve(), storage)
     clock = Clock(directory / "clock.json", asked.study.budget, started=begun)
-    return _Study(directory, asked, clock, observer).run(address)
+    return _Study(directory, asked, clock, observer, place_of(directory, storage)).run(address)
 
 
-def _new(path: Path | None, overrides: Sequence[str], runs: Path) -> tuple[Path, Asked]:
+def _new(path: Path | None, overrides: Sequence[str], runs: Path, storage: str | None = None) -> tuple[Path, Asked]:
     composed = compose(path, overrides)
     Space.parse(composed.space)
     source = str(composed.explicit.get("data") or Experiment().data)
@@ -122,12 +135,19 @@ def _new(path: Path | None, overrides: Sequence[str], runs: Path) -> tuple[Path,
     )
     directory = runs / asked.study.name
     number = 2
-    while directory.exists() and any(directory.iterdir()):  # what lies there is somebody's work
+    while _is_taken(directory, storage):  # what lies there is somebody's work
         directory = runs / f"{asked.study.name}-{number}"
         number += 1
     directory.mkdir(parents=True, exist_ok=True)
     _save_asked(directory, asked)
     return directory, asked
+
+
+def _is_taken(directory: Path, storage: str | None) -> bool:
+    if directory.exists() and any(directory.iterdir()):
+        return True
+    place = place_of(directory, storage)
+    return place is not None and RunStore.at(place).holds_run()
 
 
 def _save_asked(directory: Path, asked: Asked) -> None:
@@ -205,8 +225,10 @@ def _look_around(_: None) -> Machine:
 class _Study:
     """One sitting of a study."""
 
-    def __init__(self, directory: Path, asked: Asked, clock: Clock, observer: Observer | None) -> None:
-        self.directory, self.asked, self.clock = directory, asked, clock
+    def __init__(
+        self, directory: Path, asked: Asked, clock: Clock, observer: Observer | None, place: str | None = None
+    ) -> None:
+        self.directory, self.asked, self.clock, self.place = directory, asked, clock, place
         self._observer = observer
         self._best: float | None = None
         self._values: list[float] = []
@@ -220,10 +242,15 @@ class _Study:
         if done.exists():
             stored = json.loads(done.read_text(encoding="utf-8"))
             self._tell("note", f"{self.directory} has ended already; its report stands")
-            return self._result(stored["champion"], stored["headline"])
+            with self._mirrored():
+                return self._result(stored["champion"], stored["headline"])
         with sitting(self.directory, "study", observer=self._observer) as self._sitting:
             self._observer = self._sitting
-            return self._sit(address)
+            with self._mirrored() as self._mirror:
+                return self._sit(address)
+
+    def _mirrored(self) -> AbstractContextManager[Mirror]:
+        return mirrored(self.directory, self.place, lambda text: self._tell("note", text))
 
     def _sit(self, address: str | None) -> StudyResult:
         # A local session's workers share the driver's cores; it starts while the data are being read.
@@ -340,6 +367,7 @@ class _Study:
         if study.trials == 1 or not len(self.space):
             return [], {}, "none: the plan's default alone"
         with self.clock.stage("search"), self._driver() as driver:
+            self._searching = driver
             # A search that has begun goes on: whether it is worth its time was settled then.
             telling = 0.0 if driver.records() else self._telling_seconds(cpus)
             plan = self._budget(concurrency, telling)
@@ -561,6 +589,12 @@ class _Study:
         self.clock.save(every=2.0)
         if event.kind in ("pruned", "completed", "failed"):
             self.diary.trial(event.number, event.kind, event.params, event.metrics)
+            try:
+                self._mirror.now()  # before it is said to have ended
+            except StorageError as error:
+                self._searching.fatal = str(error)
+        elif event.kind == "progress":
+            self._mirror.soon()
         self._tell(
             kinds[event.kind], event.message, trial=event.number, fraction=event.fraction, metrics=dict(event.metrics)
         )
@@ -579,21 +613,3 @@ class _Study:
                 **more,
             )
         )
-
-
-def expected_gain(values: Sequence[float], direction: Direction) -> float | None:
-    """What one more trial is expected to add to the best value: expected improvement under a normal fit to the values.
-
-    The closed form of Jones et al. (Efficient global optimization, 1998). None from fewer than four values.
-    """
-    if len(values) < 4:
-        return None
-    sign = 1.0 if direction == "max" else -1.0
-    signed = [sign * value for value in values]
-    mean = sum(signed) / len(signed)
-    std = math.sqrt(sum((v - mean) ** 2 for v in signed) / (len(signed) - 1))
-    if std == 0.0:
-        return 0.0
-    z = (mean - max(signed)) / std
-    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return std * (z * 0.5 * (1 + math.erf(z / math.sqrt(2))) + density)

@@ -30,9 +30,11 @@ from medray.train.runtime import LocalRuntime, Runtime
 from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.examples import Examples
 from medray.workflows.judging import OBJECTIVE, Direction, make_validate
+from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import default_cache, dump, prepare_directory
 from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
+from medray.workflows.storage import RunStore, place_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +313,7 @@ def train_experiment(
     out: Path,
     resume: bool = False,
     address: str | None = None,
+    storage: str | None = None,
     observer: Observer | None = None,
 ) -> Trained:
     """``medray train``: check the data, lay the experiment over the plan, train, save.
@@ -321,19 +324,32 @@ def train_experiment(
         out: folder of the run.
         resume: go on where a run in ``out`` stopped; ``train.workers`` may be another number than before.
         address: of a Ray cluster for ``train.workers`` above one; None starts Ray on this machine.
+        storage: ``s3://bucket/prefix``, below which the run is kept under the name of ``out``; where ``out`` is not
+            there, ``resume`` fetches it. A run remembers its own.
         observer: hears of progress.
 
     Raises:
-        ConfigError: ``out`` holds a run already and ``resume`` is off, or a field is refused.
+        ConfigError: ``out`` or the store holds a run already and ``resume`` is off, or a field is refused.
+        StorageError: the store can't be read or written.
     """
-    if (out / "experiment.yaml").exists() and not resume:
+    is_here = (out / "experiment.yaml").exists()
+    if is_here and not resume:
         raise ConfigError(f"{out} holds a run already. Go on with it by --resume, or choose another folder with --out")
     composed = compose(path, overrides)
-    with sitting(out, "train", observer=observer) as notify:
-        return _train_composed(composed, out, address, notify)
+    place = place_of(out, storage)
+    if place is not None and not is_here and RunStore.at(place).holds_run():
+        if not resume:
+            raise ConfigError(f"{place} holds a run already. Go on with it by --resume, or choose another --out")
+        RunStore.at(place).fetch(out)
+
+    def note(text: str) -> None:
+        notify(StudyEvent(kind="note", text=text))
+
+    with sitting(out, "train", observer=observer) as notify, mirrored(out, place, note) as mirror:
+        return _train_composed(composed, out, address, notify, mirror)
 
 
-def _train_composed(composed: Composed, out: Path, address: str | None, notify: Sitting) -> Trained:
+def _train_composed(composed: Composed, out: Path, address: str | None, notify: Sitting, mirror: Mirror) -> Trained:
     started = time.monotonic()
     source = str(composed.explicit.get("data") or Experiment().data)
     task = str((composed.explicit.get("task") or {}).get("kind", "auto"))
@@ -358,6 +374,7 @@ def _train_composed(composed: Composed, out: Path, address: str | None, notify: 
                 elapsed=at.seconds,
             )
         )
+        mirror.soon()
         return False
 
     notify(StudyEvent(kind="stage", text=f"training {experiment.model.name}", elapsed=time.monotonic() - started))

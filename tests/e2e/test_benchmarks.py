@@ -27,7 +27,8 @@ ELSEWHERE = {"crash", "faults"}
 """A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
 
 
-LONG = {"baseline", "overhead"}
+LONG = {"baseline", "ddp", "drive", "overhead"}
+"""``ddp``: groups are brought up in test_train_together.py; ``drive``: hippocampus and medmnist go the same way."""
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE | LONG])

@@ -17,6 +17,7 @@ from medray.errors import StudyError
 
 _OBJECT_STORE_BYTES = 200 * 2**20  # payloads are small: images go through the memory-mapped cache, not through Ray
 _REACH_SECONDS = 10.0
+_STARTS = 4  # tries, of half a minute each at most
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing phones home
@@ -81,8 +82,7 @@ def ray_session(
     if address is None:
         # Workers inherit the environment of the processes started here: no runtime_env is needed, which costs seconds.
         with _environment(_QUIET | _LOCAL | numeric), _loopback_only():
-            ray.init(
-                address="local",
+            _start(
                 num_cpus=cpus if cpus is not None else usable_cpus(),
                 num_gpus=gpus,
                 include_dashboard=False,
@@ -126,6 +126,29 @@ def quiet_environment() -> Iterator[None]:
     """The environment in which Ray's libraries print nothing of their own and leave signals to us."""
     with _environment(_QUIET):
         yield
+
+
+def _start(**options: Any) -> None:
+    """Start Ray on this machine. It gives its own processes 30 s, which a machine that is busy otherwise may not keep.
+
+    Raises:
+        StudyError: it did not start within all tries.
+    """
+    import ray
+
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise StudyError(
+                    f"Ray did not start within {_STARTS} tries ({error}). This machine is busy, or short of memory: "
+                    f"see what runs on it ('medray doctor'), then try again"
+                ) from error
 
 
 def _connect(address: str, options: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -23,18 +24,24 @@ from medray.errors import MedrayError, TrainingError
 from medray.train.progress import Progress
 from medray.train.runtime import Runtime
 
+_log = logging.getLogger(__name__)
+
 GroupFunction = Callable[[Any, Runtime, Callable[[Progress], bool]], None]
 """Trains; called in each process with the task, its runtime, and whom to tell of progress (True: stop)."""
 
 FAILURES = 3
 """Times that a group is brought back after a process or its machine died."""
 _COLLECTIVE_SECONDS = 300  # a process that is gone without a trace (a cut cable) is noticed after this
+_RESIZE_SECONDS = 60.0  # between looks for room for more processes
 _TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # the end of a group is noticed by polling
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # imports on a cold, busy machine
 }
+# How long Ray Train waits for room for all processes. A machine may have to be started for them. A group that may be
+# smaller is sized by what Ray believes to be there, which includes a machine that died seconds ago: better ask again.
+_PLACED_SECONDS = {"fixed": "300", "elastic": "20"}
+_MISPLACED = 5  # such waits for each loss: a dead machine counts as alive for up to a minute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,8 @@ class GroupSize:
 
     Attributes:
         workers: processes at the start.
-        least: processes with which it goes on where there is no room for all of them any more.
+        least: processes with which it goes on where there is no room for all of them any more, and begins where there
+            is none yet; it grows again when there is.
         cpus: of each; also the threads that it computes with.
         gpus: of each, 0 or 1.
         sync_batchnorm: see :class:`~medray.engines.ray.group.GroupRuntime`.
@@ -54,6 +62,11 @@ class GroupSize:
     cpus: int = 1
     gpus: int = 0
     sync_batchnorm: bool = True
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether fewer of them may go on."""
+        return self.least is not None and self.least < self.workers
 
 
 def run_group(
@@ -89,7 +102,7 @@ def run_group(
         "function": function, "task": task, "size": size, "mailbox": mailbox, "where": logs.destination(),
     }  # fmt: skip
     try:
-        with quiet_environment(), _train_environment():
+        with quiet_environment(), _train_environment(size):
             ended = _fit_and_listen(lambda: _trainer(config, size, failures, scratch).fit(), mailbox, on_progress)
         failure = ray.get(mailbox.failure.remote())
         if failure is not None:
@@ -121,14 +134,17 @@ def _trainer(config: dict[str, Any], size: GroupSize, failures: int, scratch: st
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if size.gpus else "gloo", timeout_s=_COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=size.workers if size.least in (None, size.workers) else (size.least, size.workers),
+            num_workers=(size.least, size.workers) if size.is_elastic else size.workers,
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=bool(size.gpus),
             resources_per_worker={"CPU": size.cpus, **({"GPU": size.gpus} if size.gpus else {})},
         ),
         run_config=RunConfig(
             name="group",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=failures, controller_failure_limit=failures),
+            failure_config=FailureConfig(
+                max_failures=failures, controller_failure_limit=_MISPLACED * failures if size.is_elastic else failures
+            ),
         ),
     )
 
@@ -240,6 +256,13 @@ def _work(config: dict[str, Any]) -> None:
     torch.set_num_threads(size.cpus)
     runtime = GroupRuntime(ray.train.torch.get_device(), sync_batchnorm=size.sync_batchnorm)
     logs.join(config["where"], rank=runtime.lane)
+    if runtime.is_main:
+        fewer = runtime.size < size.workers
+        _log.log(
+            logging.WARNING if fewer else logging.INFO,
+            f"{runtime.size} of {size.workers} processes train"
+            + (": the others' machines are gone, or taken; the batch is shared among these" if fewer else ""),
+        )
 
     def report(progress: Progress) -> bool:
         return bool(ray.get(mailbox.tell.remote(progress)))
@@ -270,9 +293,11 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _train_environment() -> Iterator[None]:
+def _train_environment(size: GroupSize) -> Iterator[None]:
     """Ray Train's settings, which the controller inherits from this process; what the user has set wins."""
-    changed = {key: value for key, value in _TRAIN.items() if key not in os.environ}
+    wait = _PLACED_SECONDS["elastic" if size.is_elastic else "fixed"]
+    settings = _TRAIN | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": wait}
+    changed = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(changed)
     try:
         yield

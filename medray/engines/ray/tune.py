@@ -194,8 +194,12 @@ class _Conductor(Searcher, TrialScheduler):
         return next((trial for trial in tune_controller.get_trials() if trial.status == Trial.PENDING), None)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:  # noqa: ARG002
-        if trial.trial_id in self._deaths:
-            self._emit("retried", self._tasks[trial.trial_id], message=self._deaths[trial.trial_id])
+        if trial.trial_id not in self._deaths:
+            return
+        task, host = self._tasks[trial.trial_id], _host(trial)
+        self.driver.lose(task.number, host)
+        message = f"trial {task.number} was lost on {host} and is run again. {self._deaths[trial.trial_id]}"
+        self._emit("retried", task, message=message)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:  # noqa: ARG002
         # What a trial's function raises comes as a message; an error of Tune's means that the process itself died.
@@ -305,6 +309,11 @@ def _last_error(trial: Trial) -> str:
         said = ""
     _before, _mark, last = said.rpartition("Failure # ")
     return "The trial's process died. " + (last.partition("\n")[2].strip() or "Ray does not say why.")
+
+
+def _host(trial: Trial) -> str:
+    """The machine on which a trial last ran, by the address that Ray knows it by."""
+    return str((trial.last_result or {}).get("node_ip") or "an unknown machine")
 
 
 def _directory_name(trial: Trial) -> str:

@@ -166,7 +166,10 @@ def test_a_killed_process_is_retried_once_from_its_folder(tmp_path: Path) -> Non
         assert record.state == "completed" and record.extras["starts"] == 2
         assert [entry["fraction"] for entry in record.history] == pytest.approx([0.2, 0.3])
         assert driver.record(2).state == "completed"
-    assert [event.number for event in events if event.kind == "retried"] == [1]
+        assert len(record.losses) == 1 and driver.record(2).losses == ()
+    (retried,) = [event for event in events if event.kind == "retried"]
+    assert retried.number == 1 and f"trial 1 was lost on {record.losses[0]} and is run again" in retried.message
+    assert record.losses[0].count(".") == 3, "the machine's address"
 
 
 def test_a_process_that_dies_again_fails_its_trial_and_not_the_study(tmp_path: Path) -> None:

@@ -425,3 +425,17 @@ def test_importance_with_early_stops_and_conditions_uses_the_first_rung(tmp_path
         importance = driver.importance()
     assert importance.shares and "11% of the schedule" in importance.note
     assert importance.shares["optim.lr"] == max(importance.shares.values())
+
+
+def test_what_was_lost_with_a_machine_is_remembered(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        task = driver.ask()
+        assert task is not None
+        driver.lose(task.number, "10.0.0.2")
+    with study(tmp_path) as driver:
+        assert driver.ask() is not None
+        driver.lose(0, "10.0.0.3")
+        driver.complete(0, TrialOutcome(metrics={"val/dice": 0.5}))
+        assert driver.record(0).losses == ("10.0.0.2", "10.0.0.3")
+        with pytest.raises(StudyError, match="not running"):
+            driver.lose(0, "10.0.0.2")

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from medray.config.schema import StudyConfig
@@ -16,8 +15,8 @@ from medray.engines.ray.session import RaySession
 from medray.errors import ConfigError, StudyError
 from medray.report.data import Gain, Interval
 from medray.search.trial import TrialRecord
-from medray.workflows.conclusion import Concluded, _headline, _leaderboard
-from medray.workflows.study import Asked, _new, _resumed, _save_asked, _Study, expected_gain
+from medray.workflows.conclusion import Concluded, _headline, _leaderboard, _losses, _trial_row
+from medray.workflows.study import Asked, _new, _resumed, _save_asked, _Study
 
 SPACE = """
 data: phantom://ct-lesions?cases=6&size=16
@@ -111,29 +110,6 @@ def test_a_study_is_written_with_any_text(tmp_path):
     assert _resumed(tmp_path, [])[1] == asked
 
 
-# Expected gain -------------------------------------------------------------------------------------------------------
-
-
-def test_the_expected_gain_is_that_of_a_normal_fit():
-    """Against the integral of (x - best)+ under the fitted normal density, by a fine sum."""
-    values = [0.70, 0.74, 0.69, 0.78, 0.75]
-    mean, std = np.mean(values), np.std(values, ddof=1)
-    x = np.linspace(max(values), mean + 12 * std, 200_001)
-    density = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-    assert expected_gain(values, "max") == pytest.approx(np.trapezoid((x - max(values)) * density, x), rel=1e-4)
-
-
-def test_losses_gain_downwards():
-    values = [0.70, 0.74, 0.69, 0.78, 0.75]
-    assert expected_gain([-v for v in values], "min") == pytest.approx(expected_gain(values, "max"))
-
-
-def test_the_expected_gain_needs_values_and_falls_when_one_stands_out():
-    assert expected_gain([0.1, 0.2, 0.3], "max") is None
-    assert expected_gain([0.5] * 4, "max") == 0.0
-    assert 0 < expected_gain([0.7, 0.71, 0.72, 0.73, 0.95], "max") < expected_gain([0.7, 0.75, 0.8, 0.9, 0.95], "max")
-
-
 # The last files ------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +158,19 @@ def test_the_leaderboards_first_row_is_the_best(tmp_path, direction, first):
     trials = [row["trial"] for row in rows]
     assert trials[0] == first and trials[2:] == ["0", "3", "4"]
     assert rows[3]["model.name"] == "unet" and rows[3]["optim.lr"] == ""
+
+
+def test_the_report_says_what_was_lost_with_a_machine():
+    records = (
+        record(0, "completed", is_default=True, losses=("10.0.0.2",)),
+        record(1, "completed"),
+        record(2, "pruned", losses=("10.0.0.2", "10.0.0.3")),
+    )
+    assert _losses(records) == {
+        "Lost and run again": "3: trial 0 on 10.0.0.2, trial 2 on 10.0.0.2, trial 2 on 10.0.0.3"
+    }
+    assert _trial_row(records[0]).note == "the plan's default; lost on 10.0.0.2, run again"
+    assert _losses(records[1:2]) == {} and _trial_row(records[1]).note == ""
 
 
 def test_the_headline_says_what_was_measured_where():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from medray.engines.ray.session import _at_most, ray_session
+from medray.engines.ray.session import _at_most, _start, ray_session
 from medray.errors import StudyError
 
 CONFIG = {
@@ -48,3 +49,32 @@ def test_a_wrong_configuration_is_named(content: str | None, tmp_path: Path, mon
     monkeypatch.setenv("MEDRAY_AUTOSCALING", str(path))
     with pytest.raises(StudyError, match="MEDRAY_AUTOSCALING"):
         _at_most()
+
+
+class SlowRay:
+    """Stands in for ray, whose processes are up in time only at the ``ready``-th start."""
+
+    def __init__(self, ready: int, said: str = "The current node timed out during startup.") -> None:
+        self.ready, self.said, self.starts = ready, said, 0
+
+    def init(self, **options: object) -> None:
+        self.starts += 1
+        if self.starts < self.ready:
+            raise Exception(self.said)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_a_busy_machine_gets_more_tries_to_start_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ready in (1, 4):
+        monkeypatch.setitem(sys.modules, "ray", ray := SlowRay(ready))
+        _start(num_cpus=2)
+        assert ray.starts == ready
+    monkeypatch.setitem(sys.modules, "ray", SlowRay(5))
+    with pytest.raises(StudyError, match="did not start within 4 tries"):
+        _start(num_cpus=2)
+    monkeypatch.setitem(sys.modules, "ray", ray := SlowRay(2, "another error"))
+    with pytest.raises(Exception, match="another error"):
+        _start(num_cpus=2)
+    assert ray.starts == 1
