@@ -50,7 +50,8 @@ class SecureRandom:
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
         """``count`` numbers in (0, 1]: multiples of 2^-53, zero left out so that its logarithm is never asked for."""
-        return ((self.words(count) >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+        whole = (self.words(count) >> np.uint64(11)) + np.uint64(1)
+        return whole.astype(np.float64) * 2.0**-53
 
     def lots(self, count: int, rate: float) -> npt.NDArray[np.int64]:
         """Which of ``count`` units a Poisson sample of ``rate`` holds, ascending."""
