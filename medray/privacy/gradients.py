@@ -107,7 +107,7 @@ def _pseudo_loss(output: Any, _target: Tensor) -> Tensor:
 
 
 def _still(model: nn.Module) -> nn.Module:
-    """A copy in double precision, where ways that differ in rounding alone agree, whose layers draw nothing at random."""
+    """A copy whose layers draw nothing at random, in double precision: ways that differ in rounding alone agree."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin = copy.deepcopy(model).double().train()

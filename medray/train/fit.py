@@ -355,10 +355,11 @@ class _Run:
             "fraction": progress.fraction,
             "seconds": progress.seconds,
         }
-        self.history.append({**row, "lr": self._lr(), "loss": mean_loss, **metrics})
+        told = {} if self.private else {"loss": mean_loss}
+        self.history.append({**row, "lr": self._lr(), **told, **metrics})
         if self.tracker and self.runtime.is_main:
-            told = {"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}
-            self.tracker.scalars({key: value for key, value in told.items() if not math.isnan(value)}, self.step)
+            scalars = {"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}
+            self.tracker.scalars({key: value for key, value in scalars.items() if not math.isnan(value)}, self.step)
         prune = self.on_validation is not None and self.runtime.is_main and self.on_validation(progress)
         if self.runtime.agree(prune):
             self._end("pruned")
@@ -510,6 +511,6 @@ def _length(batches: Iterable[Any]) -> int:
 def _digest(experiment: Experiment) -> str:
     """Of what decides a run; where it runs, and in how many parts, does not."""
     parts = {"micro_batch", "checkpointing", "workers", "min_workers"}
-    left_out = {"device": True, "train": parts, "privacy": {"physical_batch", "ledger"}}
+    left_out: Any = {"device": True, "train": parts, "privacy": {"physical_batch", "ledger"}}
     content = json.dumps(experiment.model_dump(mode="json", exclude=left_out), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
