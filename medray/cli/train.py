@@ -44,6 +44,8 @@ def train(
             path, overrides, out=out, resume=resume, address=address, storage=storage, observer=view
         )
     say(result.headline)
+    for line in result.privacy:
+        say(line)
     say(f"run: {result.directory}")
 
 

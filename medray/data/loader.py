@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from medray.config.schema import Experiment
 from medray.data.ahead import DEPTH, Helpers, in_threads, shared_memory, usable_cpus
 from medray.data.augment import Augment
 from medray.data.cache import PreparedStore
+from medray.data.lots import Lot, Lots, Poisson
 from medray.data.manifest import IGNORE, TaskKind
 from medray.data.preprocess import OUTSIDE
 from medray.errors import ConfigError, DataError
@@ -81,8 +82,10 @@ def train_loader(
 class TrainLoader:
     """Iterates over one epoch's batches; :meth:`set_epoch` says which."""
 
-    def __init__(self, batches: _Batches, helpers: Helpers, *, processes: bool) -> None:
-        self._batches, self._helpers, self._processes = batches, helpers, processes
+    def __init__(
+        self, batches: _Batches, helpers: Helpers, *, processes: bool, poisson: Poisson | None = None
+    ) -> None:
+        self._batches, self._helpers, self._processes, self._poisson = batches, helpers, processes, poisson
         self._epoch = 0
         self._strength: float | None = None
         self._stream: Iterator[Batch] | None = None  # of helpers, from one epoch into the next
@@ -115,12 +118,34 @@ class TrainLoader:
         """
         return TrainLoader(self._batches.shard(rank, ranks), self._helpers.again(), processes=self._processes)
 
+    def poisson(self, rate: float, source: Lots, *, groups: Sequence[Hashable] | None = None) -> TrainLoader:
+        """The same cases in Poisson samples: a batch may hold none or many of them.
+
+        They are drawn from ``source`` anew each time, also where a run goes on: what the seed gave could be foretold.
+        They are made in place, since helpers would make them before they are drawn.
+
+        Args:
+            rate: above 0, at most 1.
+            source: of lots.
+            groups: the unit of each training case, in their order; None for cases by themselves.
+        """
+        drawn = Poisson(rate, source, len(self._batches.cases), groups)
+        return TrainLoader(self._batches, Helpers(0, 0), processes=False, poisson=drawn)
+
+    @property
+    def units(self) -> int:
+        """What samples are drawn of: groups, or cases."""
+        return len(self._batches.cases) if self._poisson is None else self._poisson.units
+
     def __len__(self) -> int:
-        return len(self._batches)
+        train = self._batches.train
+        return math.ceil(self.units * train.samples_per_case / train.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        strength = self._strength
+        strength, poisson = self._strength, self._poisson
+        if poisson is not None:
+            return (self._batches.of(poisson.draw(), strength) for _ in range(len(self)))
         return (self._batch((epoch, number, strength)) for number in range(len(self)))
 
     def _batch(self, key: Key) -> Batch:
@@ -286,10 +311,29 @@ class _Batches(Dataset[Batch]):
         size = self.train.batch_size
         drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
         rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
+        return self._made(drawn, [number * size + int(row) for row in self.rows], strength, rng)
+
+    def of(self, lot: Lot, strength: float | None) -> Batch:
+        """The batch of a lot; it may be empty."""
+        drawn, rng = np.array(lot[0], dtype=np.int64), np.random.default_rng((lot[1], 1))
+        return self._made(drawn, [None] * len(drawn), strength, rng)
+
+    def _made(
+        self,
+        drawn: npt.NDArray[np.int64],
+        places: Sequence[int | None],
+        strength: float | None,
+        rng: np.random.Generator,
+    ) -> Batch:
+        """A batch of the cases at ``drawn``; ``places``: the number of each sample in its epoch, see :meth:`_place`."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
-        images, masks = self._read_all(drawn, number * size, rng)
+        images, masks = self._read_all(drawn, places, rng)
         augment = self.augment if strength is None else self.augment.at(strength)
-        images, masks = augment(images, masks, generator, size=self.patch)
+        if len(drawn):
+            images, masks = augment(images, masks, generator, size=self.patch)
+        else:  # a Poisson sample may be empty
+            images = images.new_zeros((0, self.store.channels, *self.patch))
+            masks = None if masks is None else masks.new_zeros((0, *self.patch))
         if masks is not None:
             target = masks.to(torch.int64)
         else:
@@ -300,16 +344,16 @@ class _Batches(Dataset[Batch]):
         return {"image": images, "target": target, "index": torch.from_numpy(self.cases[drawn])}
 
     def _read_all(
-        self, drawn: npt.NDArray[np.int64], first: int, rng: np.random.Generator
+        self, drawn: npt.NDArray[np.int64], places: Sequence[int | None], rng: np.random.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """The field of each sample, (B, C, *field) and, in segmentation, (B, *field) float32."""
-        if self.whole and self.kind != "segmentation":
+        if self.whole and self.kind != "segmentation" and len(drawn):
             return torch.from_numpy(self.store.images(self.cases[drawn])), None
         images = np.full((len(drawn), self.store.channels, *self.field), OUTSIDE, np.float32)
         masks = np.full((len(drawn), *self.field), IGNORE, np.float32) if self.kind == "segmentation" else None
         for row, position in enumerate(drawn):
             mask = None if masks is None else masks[row]
-            self._read(int(self.cases[position]), first + int(self.rows[row]), rng, images[row], mask)
+            self._read(int(self.cases[position]), places[row], rng, images[row], mask)
         return torch.from_numpy(images), None if masks is None else torch.from_numpy(masks)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -337,7 +381,7 @@ class _Batches(Dataset[Batch]):
     def _read(
         self,
         i: int,
-        position: int,
+        position: int | None,
         rng: np.random.Generator,
         image: npt.NDArray[np.float32],
         mask: npt.NDArray[np.float32] | None,
@@ -361,11 +405,18 @@ class _Batches(Dataset[Batch]):
             assert labels is not None
             mask[tuple(slots)] = labels[tuple(inside)]
 
-    def _place(self, i: int, shape: tuple[int, ...], position: int, rng: np.random.Generator) -> list[int]:
-        """Where a patch starts, per axis; it is centred on the image along axes that are shorter than it."""
+    def _place(self, i: int, shape: tuple[int, ...], position: int | None, rng: np.random.Generator) -> list[int]:
+        """Where a patch starts, per axis; it is centred on the image along axes that are shorter than it.
+
+        ``position`` is the sample's number in the epoch; None for a lot, where others must not decide anything for it.
+        """
         share = self.train.foreground if self.kind == "segmentation" else 0.0
         centre = None
-        if int((position + 1) * share) > int(position * share):  # every 1/share-th sample, rather than by chance
+        if position is None:
+            foreground = rng.random() < share
+        else:
+            foreground = int((position + 1) * share) > int(position * share)  # every 1/share-th, rather than by chance
+        if foreground:
             classes = self.store.foreground_classes(i)
             if len(classes):
                 drawn = int(rng.choice(np.unique(classes)))

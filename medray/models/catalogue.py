@@ -29,6 +29,7 @@ from medray.models import (
     vit_unets,
 )
 from medray.models.dropout import set_dropout_kind
+from medray.models.norms import group_norms
 from medray.models.spec import Kind, ModelSpec, Request
 from medray.models.variance import LogVariance
 from medray.models.weights import hub_weights, load_weights
@@ -135,6 +136,8 @@ def build_model(
     )
     with hub_weights(config.name) if hub else nullcontext():
         model = spec.build(request)
+    if config.norm == "group":
+        model = group_norms(model)
     if config.pretrained and not hub:
         load_weights(model, Path(config.pretrained))
     if config.dropout_kind is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.config.schema import Experiment
-from medray.errors import ConfigError, OutOfMemoryError, TrainingError
+from medray.errors import ConfigError, OutOfMemoryError, PrivacyError, TrainingError
 from medray.learn.ema import Ema
 from medray.learn.optimizers import build_optimizer
 from medray.learn.schedules import Schedule
@@ -172,7 +172,15 @@ class _Run:
             held = [parameter for block in encoder_blocks(model) for parameter in block]
             self.freeze = Freeze(encoder_parts(model), held, train.freeze_epochs, skip=runtime.is_alone)
         measured = train.checkpointing != "off" or train.micro_batch == "auto"
-        self.stepper = Stepper(
+        self.private = bool(getattr(runtime, "private", False))
+        if experiment.privacy.on and not self.private:
+            raise PrivacyError(
+                f"privacy.epsilon={experiment.privacy.epsilon:g} was asked for, and {type(runtime).__name__} trains "
+                "without differential privacy; hand fit() a PrivateRuntime, or set privacy.epsilon=null"
+            )
+        # A runtime may learn from a batch in a way of its own.
+        step: Callable[..., Stepper] = getattr(runtime, "stepper", Stepper)
+        self.stepper = step(
             wrapped,
             self.optimizer,
             runtime.criterion(loss),
@@ -197,7 +205,8 @@ class _Run:
             epochs=train.epochs,
             steps_per_epoch=self.steps_per_epoch,
             budget=budget,
-            validate_every=train.validate_every,
+            # Each look at private cases would be paid for: one, at the end.
+            validate_every=train.epochs if self.private else train.validate_every,
             timed=not train.deterministic,
         )
         self.step, self.samples = 0, 0
@@ -304,7 +313,8 @@ class _Run:
         if self.ema:
             self.ema.update(self.model)
         if self.tracker and self.runtime.is_main and self.step % max(1, self.pace.total // 200) == 0:
-            self.tracker.scalars({"train/loss": value, "train/lr": self._lr()}, self.step)
+            loss = {} if self.private else {"train/loss": value}
+            self.tracker.scalars({**loss, "train/lr": self._lr()}, self.step)
             self.meter.ask_device()
 
     def _fit_into_memory(self, images: Tensor, samples: int) -> None:
@@ -347,6 +357,8 @@ class _Run:
         value = metrics[name]
         best = self.best["metrics"].get(name)
         gained = not math.isnan(value) and (best is None or (value > best if mode == "max" else value < best))
+        if self.private:  # choosing among validations would look at private cases: the last counts, whatever it says
+            gained, self.best["weights"] = not math.isnan(value), self._weights()
         self.waited = 0 if gained else self.waited + 1
         if gained:
             self.best = {"metrics": metrics, "epoch": self.epoch, "weights": self._weights()}
@@ -360,6 +372,8 @@ class _Run:
             "system/loader_wait": float(wait / processes),
             "system/loader_workers": float(getattr(self.batches, "workers", 0)),
         }
+        if self.private:  # how many samples a step drew is nobody's business
+            pace = {}
         mean_loss = total / self.losses[1] if self.losses[1] else math.nan
         self.losses = (0.0, 0)
         progress = Progress(
@@ -375,9 +389,11 @@ class _Run:
             "fraction": progress.fraction,
             "seconds": progress.seconds,
         }
-        self.history.append({**row, "lr": self._lr(), "loss": mean_loss, **metrics})
+        told = {} if self.private else {"loss": mean_loss}
+        self.history.append({**row, "lr": self._lr(), **told, **metrics})
         if self.tracker and self.runtime.is_main:
-            self.tracker.scalars({"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}, self.step)
+            scalars = {"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}
+            self.tracker.scalars({key: value for key, value in scalars.items() if not math.isnan(value)}, self.step)
         prune = self.on_validation is not None and self.runtime.is_main and self.on_validation(progress)
         if self.runtime.agree(prune):
             self._end("pruned")
@@ -536,5 +552,6 @@ def _length(batches: Iterable[Any]) -> int:
 def _digest(experiment: Experiment) -> str:
     """Of what decides a run; where it runs, and in how many parts, does not."""
     parts = {"micro_batch", "checkpointing", "workers", "min_workers", "loader_workers"}
-    content = json.dumps(experiment.model_dump(mode="json", exclude={"device": True, "train": parts}), sort_keys=True)
+    left_out: Any = {"device": True, "train": parts, "privacy": {"physical_batch", "ledger"}}
+    content = json.dumps(experiment.model_dump(mode="json", exclude=left_out), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
