@@ -100,7 +100,7 @@ def check_private(experiment: Experiment, *, kind: str) -> None:
         return
     train, loss = experiment.train, experiment.loss
     weighted = loss.class_weights is not None and kind == "classification" and loss.name != "bce"
-    over_batch = loss.batch_dice and loss.name in ("dice", "dice_ce", "tversky") and kind == "segmentation"
+    over_batch = loss.batch_dice and loss.name in ("dice", "dice_ce", "dice_heteroscedastic", "tversky") and kind == "segmentation"
     precise = train.precision in ("auto", "fp32")
     wrong = [
         (over_batch, "loss.batch_dice=true ties the samples of a batch together", "loss.batch_dice=false"),
@@ -115,6 +115,7 @@ def check_private(experiment: Experiment, *, kind: str) -> None:
             "train.budget leaves the number of steps open",
             "train.budget=null and train.epochs",
         ),
+        (experiment.optim.sam_rho > 0, "optim.sam_rho asks the batch for gradients a second time", "optim.sam_rho=0"),
         (train.workers > 1, "train.workers above 1 is not built for private training", "train.workers=1"),
         (not precise, f"train.precision={train.precision} makes a norm too inexact to bound", "train.precision=fp32"),
         (experiment.augment.adaptive, "augment.adaptive follows looks at private cases", "augment.adaptive=false"),
