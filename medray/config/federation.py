@@ -1,4 +1,4 @@
-"""``federation:`` of an Experiment: how hospitals train one model together, and how a simulation deals out the cases."""
+"""``federation:`` of an Experiment: how hospitals train one model together, and how a simulation deals cases out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's own adaptive step: FedAdam, FedYogi, FedAdagrad (Reddi et al., ICLR 2021, arXiv:2003.00295, algorithm 2).
+"""The server's own adaptive step: FedAdam, FedYogi, FedAdagrad (Reddi et al., ICLR 2021, arXiv:2003.00295, alg. 2).
 
 The mean update is taken for a negative gradient. As in the paper there is no bias correction; ``tau`` is both what is
 added to the root and, squared, what the mean of squares starts from.

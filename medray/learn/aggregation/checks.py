@@ -60,5 +60,8 @@ def too_long(length: float, usual: float | None, *, outlier: float, most: float 
     if most is not None and length > most:
         return f"its norm {length:.4g} is above federation.max_norm={most:.4g}"
     if usual is not None and length > outlier * usual:
-        return f"its norm {length:.4g} is {length / usual:.0f} times the usual {usual:.4g} (federation.outlier={outlier:g})"
+        return (
+            f"its norm {length:.4g} is {length / usual:.0f} times the usual {usual:.4g}, more than "
+            f"federation.outlier={outlier:g}"
+        )
     return None
