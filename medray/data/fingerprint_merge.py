@@ -18,9 +18,8 @@ __all__ = ["merge_fingerprints"]
 def merge_fingerprints(parts: Sequence[tuple[str, Fingerprint]]) -> Fingerprint:
     """What :func:`medray.data.fingerprint.measure` would find on all sites' cases together, as near as sums allow.
 
-    Exact: counts, extremes, bytes; means and deviations up to how many voxels were looked at, which is worked out from
-    a site's sizes and class shares. Near: medians (the sites' medians, each counting by its cases) and the outer
-    percentiles (their means, counting likewise).
+    Exact: counts, extremes, bytes, means and deviations. Near: medians (the sites' medians, each
+    counting by its cases) and the outer percentiles (their means, counting likewise).
 
     Args:
         parts: site and its fingerprint.
@@ -30,7 +29,7 @@ def merge_fingerprints(parts: Sequence[tuple[str, Fingerprint]]) -> Fingerprint:
     """
     name, first = parts[0]
     for other, found in parts[1:]:
-        for what in ("task", "ndim", "channels", "classes"):
+        for what in ("task", "ndim", "channels", "classes", "columns"):
             mine, its = getattr(first, what), getattr(found, what)
             if mine != its:
                 raise FederationError(
@@ -40,12 +39,6 @@ def merge_fingerprints(parts: Sequence[tuple[str, Fingerprint]]) -> Fingerprint:
     cases = np.array([p.cases for p in prints], dtype=float)
     voxels = np.array([p.bytes_total / 4 / p.channels for p in prints])
     spaced = [(p, n) for p, n in zip(prints, cases, strict=True) if p.spacing_median is not None]
-    background = first.classes[0]
-    looked = [
-        n * (1 - p.class_fraction[background]) if p.task == "segmentation" else n
-        for p, n in zip(prints, voxels, strict=True)
-    ]
-    weights = np.maximum(looked, 1e-9)
     balance = voxels if first.task == "segmentation" else cases
     return Fingerprint(
         task=first.task,
@@ -62,13 +55,14 @@ def merge_fingerprints(parts: Sequence[tuple[str, Fingerprint]]) -> Fingerprint:
         spacing_min=_each(min, [p.spacing_min for p, _ in spaced]) if spaced else None,
         spacing_median=_median([p.spacing_median for p, _ in spaced], [n for _, n in spaced]) if spaced else None,
         spacing_max=_each(max, [p.spacing_max for p, _ in spaced]) if spaced else None,
-        intensity=tuple(_channel([p.intensity[c] for p in prints], weights) for c in range(first.channels)),
+        intensity=tuple(_channel([p.intensity[c] for p in prints]) for c in range(first.channels)),
         class_cases={c: sum(p.class_cases[c] for p in prints) for c in first.classes},
         class_fraction={
             c: float(np.average([p.class_fraction[c] for p in prints], weights=balance)) for c in first.classes
         },
         bytes_total=sum(p.bytes_total for p in prints),
         digest=hashlib.sha256("".join(p.digest for p in prints).encode()).hexdigest(),
+        columns=first.columns,
     )
 
 
@@ -87,7 +81,8 @@ def _median(rows: Sequence[Any], weights: Any) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _channel(stats: Sequence[ChannelStats], weights: Any) -> ChannelStats:
+def _channel(stats: Sequence[ChannelStats]) -> ChannelStats:
+    weights = np.maximum([s.count for s in stats], 1e-9)
     means = np.array([s.mean for s in stats])
     mean = float(np.average(means, weights=weights))
     squares = np.array([s.std**2 + s.mean**2 for s in stats])
@@ -97,4 +92,5 @@ def _channel(stats: Sequence[ChannelStats], weights: Any) -> ChannelStats:
         p005=float(np.average([s.p005 for s in stats], weights=weights)),
         p50=_median([[s.p50] for s in stats], weights)[0],
         p995=float(np.average([s.p995 for s in stats], weights=weights)),
+        count=sum(s.count for s in stats),
     )

@@ -210,6 +210,8 @@ def _robustness(
     asked: Conclusion, champion: Candidate, indices: tuple[int, ...], metric: str, case_seconds: float
 ) -> tuple[RobustnessRow, ...]:
     """The champion on corrupted images: as many severities and cases as a twentieth of the budget allows."""
+    if asked.recipe.manifest.columns:
+        return ()  # rows of a table have no blur and no scanner
     per_case = case_seconds
     allowed = robustness_seconds(asked.study.budget)
     levels = (1, 2, 3) if 4 * per_case * (3 * len(CORRUPTIONS) + 1) <= allowed else (2,)

@@ -18,7 +18,7 @@ _TEXT, _ARRAYS = "medray", "arrays"
 def pack(parcel: Parcel) -> RecordDict:
     """The records that carry a parcel."""
     text = json.dumps({"text": dict(parcel.text), "error": parcel.error}, allow_nan=True)
-    arrays = {name: Array(np.ascontiguousarray(value)) for name, value in parcel.arrays.items()}
+    arrays = {name: Array(np.asarray(value, order="C")) for name, value in parcel.arrays.items()}
     return RecordDict({_TEXT: ConfigRecord({"json": text}), _ARRAYS: ArrayRecord(arrays)})
 
 
@@ -36,7 +36,7 @@ def unpack(message: Message) -> Parcel:
         document = json.loads(text)
         record = message.content[_ARRAYS]
         assert isinstance(record, ArrayRecord)
-        arrays = {name: np.atleast_1d(array.numpy()).reshape(array.shape) for name, array in record.items()}
+        arrays = {name: array.numpy() for name, array in record.items()}
         size = len(text) + sum(len(array.data) for array in record.values())
         error = document["error"]
         return Parcel(

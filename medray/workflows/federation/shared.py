@@ -76,4 +76,4 @@ def put(model: nn.Module, weights: dict[str, npt.NDArray[Any]]) -> None:
                 f"weight {name!r} of shape {value.shape} doesn't fit this site's network ({has}). Do the server and "
                 "the site run the same version?"
             )
-        state[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+        state[name].copy_(torch.from_numpy(np.array(value)))

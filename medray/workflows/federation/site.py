@@ -244,7 +244,7 @@ class SiteWorker:
             "round": number,
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
-            "residual": {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in residual.items()},
+            "residual": {name: torch.from_numpy(np.array(value)) for name, value in residual.items()},
         }
         checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
 
