@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from medray.config.federation import FederationConfig
+from medray.config.privacy import PrivacyConfig
 from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
 
 
@@ -95,6 +96,9 @@ class ModelConfig(Section):
     dropout: Fraction = 0.0
     drop_path: Fraction = 0.0
     deep_supervision: bool = False
+    norm: Literal["own", "group"] = Field(
+        "own", description="group: group normalisation wherever the network has batch normalisation (for privacy)"
+    )
     pretrained: str | None = Field(None, description="a local .safetensors file, or 'hub' for the family's own weights")
 
 
@@ -203,6 +207,7 @@ class Experiment(Section):
     train: TrainConfig = TrainConfig()
     inference: InferenceConfig = InferenceConfig()
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
 
 class StudyConfig(Section):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +34,21 @@ Batch = dict[str, Tensor]
 """image: (B, C, *s) float32. target: (B, *s) int64 (segmentation), (B,) int64 (classification) or (B, K) float32
 (multilabel; classification with mixup or CutMix). index: (B,) int64, the case in the manifest."""
 
-Key = tuple[int, int, float | None]
-"""Epoch, number of the batch in it, strength of augmentation (None: the experiment's)."""
+Lot = tuple[tuple[int, ...], int]
+"""Positions of the cases that a batch holds, and the seed of what is random about it."""
+
+Key = tuple[int, int, float | None, Lot | None]
+"""Epoch, number of the batch in it, strength of augmentation (None: the experiment's), lot (None: from the seed)."""
+
+
+class Lots(Protocol):
+    """A source of random numbers that Poisson samples are drawn from."""
+
+    def lots(self, count: int, rate: float) -> npt.NDArray[np.int64]:
+        """Which of ``count`` units are drawn, each with probability ``rate`` by itself."""
+
+    def seed(self) -> int:
+        """Any number from 0 to 2^63 - 1."""
 
 
 def train_loader(
@@ -74,8 +89,8 @@ def _cores() -> int:
 class TrainLoader:
     """Iterates over one epoch's batches; :meth:`set_epoch` says which."""
 
-    def __init__(self, batches: _Batches, *, workers: int, pin_memory: bool) -> None:
-        self._batches, self._workers, self._pin = batches, workers, pin_memory
+    def __init__(self, batches: _Batches, *, workers: int, pin_memory: bool, lots: _Poisson | None = None) -> None:
+        self._batches, self._workers, self._pin, self._lots = batches, workers, pin_memory, lots
         self._epoch = 0
         self._strength: float | None = None
         self._loader: DataLoader[Batch] | None = None
@@ -97,12 +112,36 @@ class TrainLoader:
         """
         return TrainLoader(self._batches.shard(rank, ranks), workers=self._workers, pin_memory=self._pin)
 
+    def poisson(self, rate: float, source: Lots, *, groups: Sequence[Hashable] | None = None) -> TrainLoader:
+        """The same cases in Poisson samples, as differential privacy counts on them.
+
+        A batch holds each unit with probability ``rate``, whatever else it holds, and so none or many of them. It is
+        drawn from ``source`` anew each time, also where a run goes on: what the seed gave could be foretold.
+
+        Args:
+            rate: 0 to 1.
+            source: of lots.
+            groups: the unit of each training case, in their order: a batch has one case, any, of each unit drawn. None
+                for cases by themselves.
+        """
+        return TrainLoader(
+            self._batches, workers=self._workers, pin_memory=self._pin, lots=_Poisson(rate, source, groups)
+        )
+
+    @property
+    def units(self) -> int:
+        """What samples are drawn of: groups, or cases."""
+        groups = None if self._lots is None else self._lots.groups
+        return len(self._batches.cases) if groups is None else len(groups)
+
     def __len__(self) -> int:
-        return len(self._batches)
+        train = self._batches.train
+        return math.ceil(self.units * train.samples_per_case / train.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        keys = [(epoch, number, self._strength) for number in range(len(self))]
+        draw = (lambda: None) if self._lots is None else partial(self._lots.draw, self.units)
+        keys = [(epoch, number, self._strength, draw()) for number in range(len(self))]
         if self._workers == 0:
             return (self._batches[key] for key in keys)
         if self._loader is None:
@@ -120,6 +159,28 @@ class TrainLoader:
             )
         self._keys.keys = keys
         return iter(self._loader)
+
+
+class _Poisson:
+    """Draws the lots of batches."""
+
+    def __init__(self, rate: float, source: Lots, groups: Sequence[Hashable] | None) -> None:
+        if not 0 < rate <= 1:
+            raise ConfigError(f"the sample rate {rate} must be above 0 and at most 1: train.batch_size over the cases")
+        self.rate, self.source = rate, source
+        self.groups: list[list[int]] | None = None
+        if groups is not None:
+            members: dict[Hashable, list[int]] = {}
+            for position, group in enumerate(groups):
+                members.setdefault(group, []).append(position)
+            self.groups = list(members.values())
+
+    def draw(self, units: int) -> Lot:
+        drawn, seed = self.source.lots(units, self.rate).tolist(), self.source.seed()
+        if self.groups is not None:
+            rng = np.random.default_rng(seed)
+            drawn = [self.groups[unit][int(rng.integers(len(self.groups[unit])))] for unit in drawn]
+        return tuple(drawn), seed
 
 
 class _Keys:
@@ -226,18 +287,28 @@ class _Batches(Dataset[Batch]):
         return math.ceil(len(self.cases) * self.train.samples_per_case / self.train.batch_size)
 
     def __getitem__(self, key: Key) -> Batch:
-        epoch, number, strength = key
+        epoch, number, strength, lot = key
         size = self.train.batch_size
-        drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
-        rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
+        rows = self.rows if lot is None else None
+        if lot is None:
+            drawn = self._order(epoch)[number * size : (number + 1) * size][self.rows]
+            rng = np.random.default_rng((self.seed, epoch, number, self.lane, 1))
+        else:
+            drawn = np.array(lot[0], dtype=np.int64)
+            rng = np.random.default_rng((lot[1], 1))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
         images = torch.full((len(drawn), self.store.channels, *self.field), OUTSIDE)
         masks = torch.full((len(drawn), *self.field), float(IGNORE)) if self.kind == "segmentation" else None
         for row, position in enumerate(drawn):
             mask = None if masks is None else masks[row].numpy()
-            self._read(int(self.cases[position]), number * size + int(self.rows[row]), rng, images[row].numpy(), mask)
+            place = None if rows is None else number * size + int(rows[row])
+            self._read(int(self.cases[position]), place, rng, images[row].numpy(), mask)
         augment = self.augment if strength is None else self.augment.at(strength)
-        images, masks = augment(images, masks, generator, size=self.patch)
+        if len(drawn):
+            images, masks = augment(images, masks, generator, size=self.patch)
+        else:  # a Poisson sample may be empty
+            images = images.new_zeros((0, self.store.channels, *self.patch))
+            masks = None if masks is None else masks.new_zeros((0, *self.patch))
         if masks is not None:
             target = masks.to(torch.int64)
         else:
@@ -265,7 +336,7 @@ class _Batches(Dataset[Batch]):
     def _read(
         self,
         i: int,
-        position: int,
+        position: int | None,
         rng: np.random.Generator,
         image: npt.NDArray[np.float32],
         mask: npt.NDArray[np.float32] | None,
@@ -289,11 +360,18 @@ class _Batches(Dataset[Batch]):
             assert labels is not None
             mask[tuple(slots)] = labels[tuple(inside)]
 
-    def _place(self, i: int, shape: tuple[int, ...], position: int, rng: np.random.Generator) -> list[int]:
-        """Where a patch starts, per axis; it is centred on the image along axes that are shorter than it."""
+    def _place(self, i: int, shape: tuple[int, ...], position: int | None, rng: np.random.Generator) -> list[int]:
+        """Where a patch starts, per axis; it is centred on the image along axes that are shorter than it.
+
+        ``position`` is the sample's number in the epoch; None for a lot, where others must not decide anything for it.
+        """
         share = self.train.foreground if self.kind == "segmentation" else 0.0
         centre = None
-        if int((position + 1) * share) > int(position * share):  # every 1/share-th sample, rather than by chance
+        if position is None:
+            foreground = rng.random() < share
+        else:
+            foreground = int((position + 1) * share) > int(position * share)  # every 1/share-th, rather than by chance
+        if foreground:
             classes = self.store.foreground_classes(i)
             if len(classes):
                 drawn = int(rng.choice(np.unique(classes)))

@@ -95,6 +95,8 @@ class Loss(nn.Module):
     """Base: unfolds deep supervision (weights 1, 1/2, 1/4, ... that sum to one) and leaves autocast."""
 
     separable = True
+    branch_free = False
+    """Let no value decide what is computed, as torch.func.vmap needs it; a little slower."""
 
     def __init__(self, ignore_index: int, weights: Tensor | None = None) -> None:
         super().__init__()
@@ -186,7 +188,7 @@ class Softmax(Loss):
         known = self.known(target)
         if self.weights is None:
             return known.sum().clamp_min(1).float()
-        return self.weights[target[known]].sum().clamp_min(1e-12)
+        return self.weights[target.where(known, 0)].where(known, 0.0).sum().clamp_min(1e-12)
 
 
 class Binary(Loss):
@@ -259,7 +261,7 @@ class Overlap(Loss):
         known = self.known(target)
         truth = one_hot(target.where(known, 0), probabilities.shape[1])[:, 1:]
         p = probabilities[:, 1:]
-        if not bool(known.all()):
+        if self.branch_free or not bool(known.all()):
             truth = truth * known.unsqueeze(1)
             p = p * known.unsqueeze(1)
         axes = (0, *range(2, p.ndim)) if self.over_batch else tuple(range(2, p.ndim))
@@ -303,4 +305,4 @@ class Sum(Loss):
 def one_hot(target: Tensor, num_classes: int) -> Tensor:
     """(B, *spatial) int64 to (B, K, *spatial) float32; torch's own makes int64 eight bytes wide."""
     shape = (target.shape[0], num_classes, *target.shape[1:])
-    return torch.zeros(shape, device=target.device).scatter_(1, target.unsqueeze(1), 1.0)
+    return target.new_zeros(shape, dtype=torch.float32).scatter_(1, target.unsqueeze(1), 1.0)

@@ -28,6 +28,7 @@ from medray.models import (
     unetpp,
     vit_unets,
 )
+from medray.models.norms import group_norms
 from medray.models.spec import Kind, ModelSpec, Request
 from medray.models.weights import hub_weights, load_weights
 
@@ -133,11 +134,15 @@ def build_model(
     )
     if hub:
         with hub_weights(config.name):
-            return spec.build(request)
-    model = spec.build(request)
+            return _normed(spec.build(request), config)
+    model = _normed(spec.build(request), config)
     if config.pretrained:
         load_weights(model, Path(config.pretrained))
     return model
+
+
+def _normed(model: nn.Module, config: ModelConfig) -> nn.Module:
+    return group_norms(model) if config.norm == "group" else model
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.config.schema import Experiment
-from medray.errors import ConfigError, OutOfMemoryError, TrainingError
+from medray.errors import ConfigError, OutOfMemoryError, PrivacyError, TrainingError
 from medray.learn.ema import Ema
 from medray.learn.optimizers import build_optimizer
 from medray.learn.schedules import Schedule
@@ -164,7 +164,15 @@ class _Run:
             model, lambda module: build_optimizer(module, experiment.optim), train_loader
         )
         self.wrapped, self.batches = wrapped, batches
-        self.stepper = Stepper(
+        self.private = bool(getattr(runtime, "private", False))
+        if experiment.privacy.on and not self.private:
+            raise PrivacyError(
+                f"privacy.epsilon={experiment.privacy.epsilon:g} was asked for, and {type(runtime).__name__} trains "
+                "without differential privacy; hand fit() a PrivateRuntime, or set privacy.epsilon=null"
+            )
+        # A runtime may learn from a batch in a way of its own.
+        step: Callable[..., Stepper] = getattr(runtime, "stepper", Stepper)
+        self.stepper = step(
             wrapped,
             self.optimizer,
             runtime.criterion(loss),
@@ -188,7 +196,8 @@ class _Run:
             epochs=train.epochs,
             steps_per_epoch=self.steps_per_epoch,
             budget=budget,
-            validate_every=train.validate_every,
+            # Each look at private cases would be paid for: one, at the end.
+            validate_every=train.epochs if self.private else train.validate_every,
             timed=not train.deterministic,
         )
         self.step, self.samples = 0, 0
@@ -289,7 +298,8 @@ class _Run:
         if self.ema:
             self.ema.update(self.model)
         if self.tracker and self.runtime.is_main and self.step % max(1, self.pace.total // 200) == 0:
-            self.tracker.scalars({"train/loss": value, "train/lr": self._lr()}, self.step)
+            loss = {} if self.private else {"train/loss": value}
+            self.tracker.scalars({**loss, "train/lr": self._lr()}, self.step)
             self.meter.ask_device()
 
     def _save_memory(self, images: Tensor) -> None:
@@ -325,6 +335,8 @@ class _Run:
         value = metrics[name]
         best = self.best["metrics"].get(name)
         gained = not math.isnan(value) and (best is None or (value > best if mode == "max" else value < best))
+        if self.private:  # choosing among validations would look at private cases: the last counts, whatever it says
+            gained, self.best["weights"] = not math.isnan(value), self._weights()
         self.waited = 0 if gained else self.waited + 1
         if gained:
             self.best = {"metrics": metrics, "epoch": self.epoch, "weights": self._weights()}
@@ -334,6 +346,8 @@ class _Run:
         (total,) = self._mean(self.losses[0])
         processes, rate, wait = self.runtime.reduce({"pace": [1.0, *self.meter.rates()]})["pace"]
         pace = {"system/samples_per_second": float(rate), "system/loader_wait": float(wait / processes)}
+        if self.private:  # how many samples a step drew is nobody's business
+            pace = {}
         mean_loss = total / self.losses[1] if self.losses[1] else math.nan
         self.losses = (0.0, 0)
         progress = Progress(
@@ -351,7 +365,8 @@ class _Run:
         }
         self.history.append({**row, "lr": self._lr(), "loss": mean_loss, **metrics})
         if self.tracker and self.runtime.is_main:
-            self.tracker.scalars({"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}, self.step)
+            told = {"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}
+            self.tracker.scalars({key: value for key, value in told.items() if not math.isnan(value)}, self.step)
         prune = self.on_validation is not None and self.runtime.is_main and self.on_validation(progress)
         if self.runtime.agree(prune):
             self._end("pruned")
@@ -503,5 +518,6 @@ def _length(batches: Iterable[Any]) -> int:
 def _digest(experiment: Experiment) -> str:
     """Of what decides a run; where it runs, and in how many parts, does not."""
     parts = {"micro_batch", "checkpointing", "workers", "min_workers"}
-    content = json.dumps(experiment.model_dump(mode="json", exclude={"device": True, "train": parts}), sort_keys=True)
+    left_out = {"device": True, "train": parts, "privacy": {"physical_batch", "ledger"}}
+    content = json.dumps(experiment.model_dump(mode="json", exclude=left_out), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Leg", "Rounds", "pull_towards"]
+__all__ = ["Leg", "Rounds"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,18 @@ class Rounds:
     """
 
     def __init__(self, loader: Any, leg: Leg, *, steps: int | None, epochs: int) -> None:
-        self._loader = loader
+        self._loader, self._leg = loader, leg
         self._steps = steps if steps is not None else epochs * len(loader)
         self._first = leg.number * self._steps
+
+    def poisson(self, *how: Any, **more: Any) -> Rounds:
+        """As many batches, in Poisson samples; see the loader's own."""
+        return Rounds(self._loader.poisson(*how, **more), self._leg, steps=self._steps, epochs=1)
+
+    @property
+    def units(self) -> int:
+        """As the loader's."""
+        return int(self._loader.units)
 
     def __len__(self) -> int:
         return self._steps
@@ -67,29 +75,3 @@ class Rounds:
                 done += 1
                 if done == self._steps:
                     return
-
-
-def pull_towards(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], anchors: Sequence[Tensor], mu: float
-) -> None:
-    """Let every step of ``optimizer`` use g + mu * (w - anchor) for g: FedProx (Li et al., MLSys 2020,
-    arXiv:1812.06127).
-
-    The term is added in the optimiser, not in the loss: privacy engines keep gradients of samples, and a term of the
-    loss that no sample has would be lost. Added after clipping and noise it costs no privacy.
-
-    Args:
-        optimizer: that owns the parameters.
-        parameters: which are pulled.
-        anchors: where to, one for each, on the same device.
-        mu: how strongly.
-    """
-    pairs = list(zip(parameters, anchors, strict=True))
-
-    def add(*_: Any) -> None:
-        with torch.no_grad():
-            for parameter, anchor in pairs:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter - anchor, alpha=mu)
-
-    optimizer.register_step_pre_hook(add)

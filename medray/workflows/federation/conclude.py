@@ -303,9 +303,24 @@ def _report(
         rounds=tuple(_round_row(entry) for entry in history),
         best_round=ended.federated.best_round,
         settings=_settings(ended),
-        protection="The updates of this federation left the sites as they were: no differential privacy and no secure "
-        "aggregation. Whoever sees them may learn about the cases that they were made from.",
+        protection=_protection(ended.experiment),
         reproduce={"Command": ended.command, "experiment.yaml": dump(ended.experiment)},
+    )
+
+
+def _protection(experiment: Experiment) -> str:
+    """How what left the sites was protected; said aloud."""
+    privacy = experiment.privacy
+    if not privacy.on:
+        return (
+            "The updates of this federation left the sites as they were: no differential privacy and no secure "
+            "aggregation. Whoever sees them may learn about the cases that they were made from."
+        )
+    return (
+        f"Each site trained by DP-SGD: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit}, "
+        f"added or removed, over all rounds, accounted by {privacy.accountant}. No figure measured at a site left it. "
+        "The number of training cases of a site, the shapes, and the classes count as public. No secure aggregation. "
+        "The figures of this page were measured here, in a simulation, and are not private."
     )
 
 

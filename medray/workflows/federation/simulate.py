@@ -21,7 +21,7 @@ from medray.data.partition import deal_out
 from medray.data.splits import make_splits
 from medray.engines.flower.parcel import Hub, Parcel
 from medray.engines.ray.session import ray_session, usable_cpus
-from medray.errors import ConfigError, FederationError
+from medray.errors import ConfigError, FederationError, PrivacyError
 from medray.train.precision import resolve_device
 from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.federation.conclude import Concluded, Ended, conclude
@@ -79,7 +79,7 @@ def simulate_federation(
     with sitting(out, "train", observer=observer) as notify:
         started = time.monotonic()
         recipe, folders = prepare_sites(composed, out, _Stages(notify, started))
-        experiment = _checked(recipe.experiment())
+        experiment = _checked(recipe.experiment(), composed.explicit)
         metric, direction = OBJECTIVE[recipe.manifest.task]
         stage = _Stages(notify, started, metric)
         notify.measures(metric, direction)
@@ -142,7 +142,9 @@ def replace_recipe(recipe: Recipe, out: Path) -> Recipe:
     return replace(recipe, directory=str(out.resolve()), cache=str(Path(recipe.cache).resolve()))
 
 
-def _checked(experiment: Experiment) -> Experiment:
+def _checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
+    if experiment.privacy.on:
+        _check_privacy(experiment, explicit)
     if experiment.schedule.name == "plateau":
         raise ConfigError(
             "schedule.name=plateau listens to validations, of which a site has none while it trains in a federation. "
@@ -153,6 +155,25 @@ def _checked(experiment: Experiment) -> Experiment:
             "augment.adaptive follows validations, of which a site has none in a federation. Set it to false"
         )
     return experiment
+
+
+def _check_privacy(experiment: Experiment, explicit: Mapping[str, Any]) -> None:
+    """Refuse what would let private figures out beside the training."""
+    preprocess = explicit.get("preprocess") or {}
+    if experiment.preprocess.normalize in ("ct", "columns") and not {"mean", "std"} <= preprocess.keys():
+        raise PrivacyError(
+            f"preprocess.normalize={experiment.preprocess.normalize} would take means and deviations from private "
+            "data, uncharged. Give public constants in preprocess.mean and preprocess.std, or choose another normalisation"
+        )
+    if experiment.loss.class_weights is not None and "class_weights" not in (explicit.get("loss") or {}):
+        raise PrivacyError("loss.class_weights were counted on private data, uncharged. Set loss.class_weights=null")
+    if experiment.train.balanced or experiment.train.mixup or experiment.train.cutmix:
+        raise PrivacyError(
+            "train.balanced, train.mixup and train.cutmix tie samples together, so that none has a gradient of its "
+            "own. Turn them off"
+        )
+    if experiment.privacy.ledger is not None:
+        raise PrivacyError("privacy.ledger is a hospital's; a simulation has none. Leave it out")
 
 
 # -- the sites

@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.fingerprint import measure
@@ -29,9 +30,12 @@ from medray.engines.flower.parcel import Kind, Parcel
 from medray.errors import FederationError
 from medray.learn.aggregation.compression import compress
 from medray.learn.losses import build_loss
+from medray.learn.proximal import attach_proximal
+from medray.privacy.accountant import PrivacyPlan, plan_privacy
+from medray.privacy.runtime import PrivateRuntime
 from medray.train import checkpoint
 from medray.train.fit import fit
-from medray.train.leg import Leg, Rounds, pull_towards
+from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime, MakeOptimizer
 from medray.workflows.federation.shared import arrays_of, put, shared_names
@@ -85,6 +89,7 @@ class _Bench:
     loss: nn.Module
     validate: Validate | None
     shared: tuple[str, ...]
+    plan: PrivacyPlan | None = None
 
 
 class SiteWorker:
@@ -127,17 +132,12 @@ class SiteWorker:
         judged = self._judge(bench)
         weights = cast(dict[str, Any], dict(parcel.arrays))
         leg = Leg(number, federation.rounds)
-        anchors = {n: p.detach().clone() for n, p in bench.model.named_parameters() if n in weights}
-        runtime = SiteRuntime(
-            LocalRuntime(resolve_device(bench.experiment.device)),
-            anchors,
-            mu=federation.proximal_mu if federation.strategy == "fedprox" else 0.0,
-            optimizer=state.get("optimizer"),
-        )
+        batches = Rounds(bench.loader, leg, steps=federation.local_steps, epochs=federation.local_epochs)
+        runtime = self._runtime(bench, number, batches, state.get("optimizer"))
         result = fit(
             bench.experiment,
             bench.model,
-            Rounds(bench.loader, leg, steps=federation.local_steps, epochs=federation.local_epochs),
+            batches,
             bench.loss,
             validate=lambda _: {"val/none": math.nan},
             objective=_NOTHING,  # type: ignore[arg-type]
@@ -161,9 +161,41 @@ class SiteWorker:
             arrays=sent,
         )
 
+    def _runtime(
+        self, bench: _Bench, number: int, batches: Rounds, optimizer: dict[str, Any] | None
+    ) -> SiteRuntime | PrivateSiteRuntime:
+        """What trains this round: plainly, or under the privacy that the whole federation was planned with.
+
+        FedProx pulls to where the round began: the global weights, and of those that stay here the site's own.
+        """
+        experiment = bench.experiment
+        federation, device = experiment.federation, resolve_device(experiment.device)
+        mu = federation.proximal_mu if federation.strategy == "fedprox" else 0.0
+        if not experiment.privacy.on:
+            return SiteRuntime(device, mu=mu, optimizer=optimizer)
+        groups = [self.manifest.cases[index].group for index in self.splits(experiment).train]
+        units = len(set(groups)) if experiment.privacy.unit == "patient" else len(groups)
+        if bench.plan is None:  # the accountant takes a while, and says the same in every round
+            bench.plan = plan_privacy(
+                experiment.privacy,
+                units=units,
+                batch_size=min(experiment.train.batch_size, units),
+                steps=federation.rounds * len(batches),
+            )
+        return PrivateSiteRuntime(
+            bench.plan,
+            experiment.privacy,
+            device=device,
+            groups=groups,
+            mu=mu,
+            done=number * len(batches),
+            seed=experiment.seed + number,
+            optimizer=optimizer,
+        )
+
     def _judge(self, bench: _Bench) -> dict[str, Any]:
         """Metrics of the weights just loaded on the site's validation cases, where it has any."""
-        if bench.validate is None:
+        if bench.validate is None or bench.experiment.privacy.on:  # an exact figure would be private data let out
             return {"metrics": {}, "judged": 0}
         bench.model.eval()
         with torch.no_grad():
@@ -234,7 +266,7 @@ class SiteWorker:
         fitting = [state for state in found if state is not None and (before is None or state["round"] < before)]
         return max(fitting, key=lambda state: int(state["round"]), default={})
 
-    def _keep(self, bench: _Bench, number: int, runtime: SiteRuntime, residual: dict[str, Any]) -> None:
+    def _keep(self, bench: _Bench, number: int, runtime: _Keeps, residual: dict[str, Any]) -> None:
         own = {
             name: value.detach().cpu().clone()
             for name, value in bench.model.state_dict().items()
@@ -249,43 +281,57 @@ class SiteWorker:
         checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
 
 
-class SiteRuntime(LocalRuntime):
-    """A runtime whose optimiser goes on where the site's last round left it, and pulls to the global weights.
+class _Keeps(LocalRuntime):
+    """A runtime whose optimiser goes on where the site's last round left it."""
 
-    Args:
-        inner: what really runs it.
-        anchors: the global weights, by parameter.
-        mu: FedProx's; 0 for none.
-        optimizer: the optimiser's state after the last round; None begins anew.
-    """
-
-    def __init__(
-        self, inner: LocalRuntime, anchors: dict[str, torch.Tensor], *, mu: float, optimizer: dict[str, Any] | None
-    ) -> None:
-        super().__init__(inner.device)
-        self._inner, self._anchors, self._mu, self._state = inner, anchors, mu, optimizer
-        self.optimizer: torch.optim.Optimizer | None = None
+    state: dict[str, Any] | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
     ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
-        """As the inner runtime's."""
-        pulled = [(p, self._anchors[n]) for n, p in model.named_parameters() if n in self._anchors]
+        """As the runtime's own."""
 
         def make(module: nn.Module) -> torch.optim.Optimizer:
             optimizer = make_optimizer(module)
-            if self._state is not None:
-                optimizer.load_state_dict(self._state)
-            if self._mu > 0:
-                pull_towards(optimizer, [p for p, _ in pulled], [a for _, a in pulled], self._mu)
+            if self.state is not None:
+                optimizer.load_state_dict(self.state)
             self.optimizer = optimizer
             return optimizer
 
-        return self._inner.prepare(model, make, train_loader)
+        return super().prepare(model, make, train_loader)
 
-    def criterion(self, loss: nn.Module) -> nn.Module:
-        """As the inner runtime's."""
-        return self._inner.criterion(loss)
+
+class SiteRuntime(_Keeps):
+    """Plain training.
+
+    Args:
+        device: where.
+        mu: FedProx's; 0 for none.
+        optimizer: the optimiser's state after the last round; None begins anew.
+    """
+
+    def __init__(self, device: torch.device, *, mu: float, optimizer: dict[str, Any] | None) -> None:
+        super().__init__(device)
+        self._mu, self.state = mu, optimizer
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
+        """As the runtime's own, with FedProx's pull."""
+        model, optimizer, train_loader = super().prepare(model, make_optimizer, train_loader)
+        attach_proximal(optimizer, model, self._mu)
+        return model, optimizer, train_loader
+
+
+class PrivateSiteRuntime(_Keeps, PrivateRuntime):
+    """Training under differential privacy; see :class:`medray.privacy.runtime.PrivateRuntime`."""
+
+    def __init__(
+        self, plan: PrivacyPlan, config: PrivacyConfig, *, mu: float, optimizer: dict[str, Any] | None, **how: Any
+    ) -> None:
+        PrivateRuntime.__init__(self, plan, config, proximal_mu=mu, **how)
+        self.state = optimizer
 
 
 def opener(folders: tuple[SiteFolder, ...]) -> Callable[[int], SiteWorker]:

@@ -130,7 +130,7 @@ def test_the_quorum_may_be_reached_on_a_later_attempt(tmp_path: Path) -> None:
     flaky: Bad = lambda number, answer: answer if number or next(turns) else None  # noqa: E731
     found = run(tmp_path, FakeHub({"a": flaky}), quorum=3)
     assert found.history[0]["attempts"] == 2 and found.history[0]["sites"]["a"]["state"] == "ok"
-    with pytest.raises(FederationError, match="federation.quorum"):
+    with pytest.raises(FederationError, match=r"federation\.quorum"):
         run(tmp_path / "more", FakeHub(), quorum=4)
 
 
