@@ -518,6 +518,6 @@ def _length(batches: Iterable[Any]) -> int:
 def _digest(experiment: Experiment) -> str:
     """Of what decides a run; where it runs, and in how many parts, does not."""
     parts = {"micro_batch", "checkpointing", "workers", "min_workers"}
-    left_out = {"device": True, "train": parts, "privacy": {"physical_batch", "ledger"}}
+    left_out: Any = {"device": True, "train": parts, "privacy": {"physical_batch", "ledger"}}
     content = json.dumps(experiment.model_dump(mode="json", exclude=left_out), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
