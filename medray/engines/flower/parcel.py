@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Answer", "Hub", "Kind", "Parcel"]
+__all__ = ["Answer", "Hub", "Kind", "Parcel", "wire_size"]
 
 Kind = Literal["query", "train", "evaluate"]
 
@@ -29,6 +30,11 @@ class Parcel:
     arrays: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     error: str | None = None
     size: int = 0
+
+
+def wire_size(parcel: Parcel) -> int:
+    """Bytes that a parcel's arrays and text take, without what a network adds."""
+    return len(json.dumps(dict(parcel.text))) + sum(value.nbytes for value in parcel.arrays.values())
 
 
 Answer = Callable[[Kind, Parcel], Parcel]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from medray.engines.flower.parcel import Parcel
+from medray.engines.flower.parcel import Parcel, wire_size
 from medray.errors import FederationError
 
 __all__ = ["pack", "unpack"]
@@ -37,11 +38,9 @@ def unpack(message: Message) -> Parcel:
         record = message.content[_ARRAYS]
         assert isinstance(record, ArrayRecord)
         arrays = {name: array.numpy() for name, array in record.items()}
-        size = len(text) + sum(len(array.data) for array in record.values())
         error = document["error"]
-        return Parcel(
-            text=dict(document["text"]), arrays=arrays, error=None if error is None else str(error)[:2000], size=size
-        )
+        found = Parcel(text=dict(document["text"]), arrays=arrays, error=None if error is None else str(error)[:2000])
+        return replace(found, size=wire_size(found))
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise FederationError(
             f"a message that is none of medray's ({type(error).__name__}: {error}). Do both sides run the same version?"

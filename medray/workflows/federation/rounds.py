@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from medray.config.schema import Experiment
-from medray.engines.flower.parcel import Hub, Parcel
+from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError
 from medray.learn.aggregation.aggregator import Aggregator
 from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
@@ -182,7 +182,7 @@ class Rounds:
 
     def _ask(self, now: _Round, missing: tuple[str, ...]) -> None:
         parcel = self._parcel()
-        down = sum(value.nbytes for value in self.weights.values())
+        down = wire_size(parcel)
         began = time.monotonic()
         present = set(self.hub.sites())
         answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)

@@ -80,7 +80,7 @@ def test_good_sites_meet_in_the_middle_and_the_best_round_is_kept(tmp_path: Path
     assert found.best_round == 6 and found.weights["w"] == pytest.approx([3 - 8 / 2**6] * 2)
     assert found.metrics["val/error"] == pytest.approx(8 / 2**6)
     first = found.history[0]
-    assert first["metrics_before"]["val/error"] == pytest.approx(8.0) and first["up"] == 300 and first["down"] == 24
+    assert first["metrics_before"]["val/error"] == pytest.approx(8.0) and first["up"] == 300 and first["down"] > 24
     assert found.history[-1]["last"]["sites"].keys() == GOAL.keys()
 
 
