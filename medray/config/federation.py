@@ -46,7 +46,9 @@ class FederationConfig(Section):
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="fedadam, fedyogi: memory of the mean")
     beta2: float = Field(0.99, ge=0.0, lt=1.0, description="fedadam, fedyogi: memory of the squares")
     tau: Positive = Field(1e-3, description="fedadam, fedyogi, fedadagrad: how adaptive; large is less")
-    trim: float = Field(0.2, ge=0.0, lt=0.5, description="trimmed_mean: share left out at either end")
+    trim: float = Field(
+        0.2, ge=0.0, lt=0.5, description="trimmed_mean: share of the sites left out at either end, one at the least"
+    )
     byzantine: int = Field(1, ge=0, le=500, description="krum: how many sites may be bad")
     local: tuple[Pattern, ...] = Field(
         (), description="weights that stay at the site, by name or wildcard, such as head.*"

@@ -29,8 +29,11 @@ def median(updates: Updates) -> Weights:
 
 
 def trimmed_mean(updates: Updates, trim: float) -> Weights:
-    """The mean of each entry without the ``floor(trim * N)`` smallest and largest of N sites."""
-    cut = int(trim * len(updates) + 1e-9)
+    """The mean of each entry without the smallest and largest ``trim * N`` of N sites, one of each at the least.
+
+    Of two sites nothing can be left out.
+    """
+    cut = min(max(1, int(trim * len(updates) + 1e-9)), (len(updates) - 1) // 2) if trim > 0 else 0
     result: Weights = {}
     for name, first in updates[0].items():
         ordered = np.sort(np.stack([u[name] for u in updates]).astype(np.float64), axis=0)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from medray.bundle.spec import INTENDED_USE
+from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.learn.intervals import Interval
 from medray.report.data import Interval as Shown
@@ -161,7 +162,8 @@ def _as_long(experiment: Experiment, cases: int) -> Experiment:
         steps = math.ceil(cases * train.samples_per_case / train.batch_size)
         epochs = math.ceil(federation.rounds * federation.local_steps / steps)
     length: dict[str, Any] = {"epochs": max(1, epochs), "budget": None, "workers": 1, "min_workers": None}
-    return experiment.model_copy(update={"train": train.model_copy(update=length)})
+    # The comparisons are what could be had without privacy.
+    return experiment.model_copy(update={"train": train.model_copy(update=length), "privacy": PrivacyConfig()})
 
 
 # -- figures
@@ -215,7 +217,10 @@ def _bundles(
     recipe, federation = ended.recipe, ended.experiment.federation
     networks = list(own.values())
     personal = len({id(network) for network in networks}) > 1
-    note = f"Trained by {federation.strategy} over {len(own)} sites in {ended.federated.best_round} rounds"
+    notes = [f"Trained by {federation.strategy} over {len(own)} sites in {ended.federated.best_round} rounds"]
+    private = ended.experiment.privacy.on
+    if private:
+        notes.append("Its metrics and thresholds were measured in a simulation and are not private; the weights are")
     written = []
     for folder, network in zip(ended.folders, networks, strict=True):
         candidate = Candidate(name=FEDERATED, members=(network,))
@@ -228,9 +233,9 @@ def _bundles(
             candidate,
             validation,
             name=f"{ended.directory.absolute().name}{f'-{folder.name}' if personal else ''}",
-            temperature=choosing.temperature_of(validation),
+            temperature=1.0 if private else choosing.temperature_of(validation),
             metrics=metrics,
-            notes=[note, *([f"Some weights are of {folder.name} alone; they fit no other site"] if personal else [])],
+            notes=[*notes, *([f"Some weights are of {folder.name} alone; they fit no other site"] if personal else [])],
         )
         written.append(directory)
         if not personal:
@@ -320,7 +325,8 @@ def _protection(experiment: Experiment) -> str:
         f"Each site trained by DP-SGD: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit}, "
         f"added or removed, over all rounds, accounted by {privacy.accountant}. No figure measured at a site left it. "
         "The number of training cases of a site, the shapes, and the classes count as public. No secure aggregation. "
-        "The figures of this page were measured here, in a simulation, and are not private."
+        "The figures of this page were measured here, in a simulation, and are not private; the comparisons were "
+        "trained without privacy."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +39,8 @@ from medray.workflows.training import new_model
 __all__ = ["Engine", "prepare_sites", "run_rounds", "simulate_federation"]
 
 Engine = Literal["auto", "here", "ray"]
+LOT = "lot.json"
+"""How the cases of a run were dealt out; its presence says that the sites' folders are whole."""
 SMALL = 2_000_000
 """Parameters up to which sites are called one after the other in this process: starting others would cost more."""
 T = TypeVar("T")
@@ -57,7 +61,8 @@ def simulate_federation(
     """Deal the cases out, train in rounds, compare, report, bundle.
 
     Args:
-        path: an ``experiment.yaml``; None plans one for ``data=...``.
+        path: an ``experiment.yaml``; None plans one for ``data=...``, or takes a resumed run's own where no override
+            is given either.
         overrides: ``federation.strategy=fedprox`` and such.
         out: folder of the run.
         resume: go on where a run in ``out`` stopped.
@@ -75,6 +80,8 @@ def simulate_federation(
     """
     if (out / RECORD).exists() and not resume:
         raise ConfigError(f"{out} holds a federation already. Go on with it by --resume, or choose another with --out")
+    if resume and path is None and not overrides and (out / "experiment.yaml").is_file():
+        path = out / "experiment.yaml"
     composed = compose(path, overrides)
     with sitting(out, "train", observer=observer) as notify:
         started = time.monotonic()
@@ -163,7 +170,7 @@ def _check_privacy(experiment: Experiment, explicit: Mapping[str, Any]) -> None:
     if experiment.preprocess.normalize in ("ct", "columns") and not {"mean", "std"} <= preprocess.keys():
         raise PrivacyError(
             f"preprocess.normalize={experiment.preprocess.normalize} would take means and deviations from private "
-            "data, uncharged. Give public constants in preprocess.mean and preprocess.std, or choose another normalisation"
+            "data, uncharged. Give public constants in preprocess.mean and preprocess.std, or normalise otherwise"
         )
     if experiment.loss.class_weights is not None and "class_weights" not in (explicit.get("loss") or {}):
         raise PrivacyError("loss.class_weights were counted on private data, uncharged. Set loss.class_weights=null")
@@ -193,14 +200,23 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
     source = str(explicit.get("data") or Experiment().data)
     folders_file = out / "sites"
     cache = str(default_cache().resolve())
-    if not (out / "fingerprint.json").is_file():
+    sections = {name: explicit.get(name) or {} for name in ("federation", "split")}
+    asked = Experiment.model_validate({"data": source, **sections})
+    split, partition = asked.split, asked.federation.partition
+    lot = json.dumps({"data": source, "split": split.model_dump(), "partition": partition.model_dump()}, indent=1)
+    if (out / LOT).is_file():
+        if (out / LOT).read_text(encoding="utf-8") != lot:
+            raise ConfigError(
+                f"{out}: its cases were dealt out by other settings of data, split or federation.partition. Give the "
+                "same as before, or choose another folder with --out"
+            )
+    else:
         stage(f"checking {source}")
         task = str((explicit.get("task") or {}).get("kind", "auto"))
         manifest = check(build_manifest(source, task=task))
         require_sound(manifest)
-        federation = Experiment.model_validate({"federation": explicit.get("federation") or {}}).federation
-        split = SplitConfig.model_validate(dict(explicit.get("split") or {}))
-        dealt = deal_out(manifest, federation.partition)
+        dealt = deal_out(manifest, partition)
+        shutil.rmtree(folders_file, ignore_errors=True)
         stage(f"measuring {len(dealt)} sites, each by itself")
         cases: list[Case] = []
         prints: list[tuple[str, Fingerprint]] = []
@@ -217,6 +233,7 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
             merged.save(folders_file / f"{number:03d}" / "fingerprint.json")
         manifest.model_copy(update={"cases": tuple(cases)}).save(out / "manifest.json")
         merged.save(out / "fingerprint.json")
+        (out / LOT).write_text(lot, encoding="utf-8")
     folders = []
     for folder in sorted(folders_file.iterdir()):
         name = str(Manifest.load(folder / "manifest.json").cases[0].site)

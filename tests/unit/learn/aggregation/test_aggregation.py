@@ -42,6 +42,8 @@ def test_robust_aggregates_ignore_one_bad_site() -> None:
     assert krum([*good, bad], 1) != 6
     plain = np.sort(np.stack([u["a"] for u in good]), axis=0)[1:5].mean(axis=0)
     assert_allclose(trimmed_mean(good, 0.2)["a"], plain, rtol=1e-5)
+    assert all(np.abs(value).max() < 4 for value in trimmed_mean([*good[:3], bad], 0.2).values())
+    assert_allclose(trimmed_mean(good[:2], 0.2)["a"], (good[0]["a"] + good[1]["a"]) / 2, rtol=1e-5)
 
 
 def test_krum_takes_the_update_in_the_crowd() -> None:
