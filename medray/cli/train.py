@@ -39,6 +39,8 @@ def train(
     with watch(f"training in {out}") as view:
         result = train_experiment(path, overrides, out=out, resume=resume, address=address, observer=view)
     say(result.headline)
+    for line in result.privacy:
+        say(line)
     say(f"run: {result.directory}")
 
 

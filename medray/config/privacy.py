@@ -27,7 +27,8 @@ class PrivacyConfig(Section):
     )
     accountant: Literal["prv", "rdp"] = Field("prv", description="where prv fails numerically, rdp is taken, and named")
     mode: Literal["auto", "hooks", "functorch", "ghost", "loop"] = Field(
-        "auto", description="how gradients of single samples come about; auto: the first that agrees with a plain loop"
+        "auto",
+        description="how gradients of single samples come about; auto: the loop on a CPU, else what the network allows",
     )
     physical_batch: int | None = Field(
         None, ge=1, description="samples at once in memory; null: train.micro_batch, or 32. Changes no result"

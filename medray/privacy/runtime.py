@@ -19,7 +19,7 @@ from medray.errors import NonFiniteLossError, OutOfMemoryError, PrivacyError
 from medray.learn.losses import Loss
 from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan
-from medray.privacy.gradients import Gradients, Mode, choose, per_sample
+from medray.privacy.gradients import Gradients, choose, per_sample
 from medray.privacy.models import refuse_unsound
 from medray.privacy.noise import SecureRandom, add_normal
 from medray.train.memory import is_out_of_memory
@@ -47,6 +47,7 @@ class PrivateRuntime(LocalRuntime):
 
     Attributes:
         steps: optimiser steps made by this runtime, of those that ``done`` left.
+        mode: how per-sample gradients come about; ``auto`` until the first batch has shown it.
     """
 
     private = True
@@ -67,6 +68,7 @@ class PrivateRuntime(LocalRuntime):
         if plan.unit == "patient" and groups is None:
             raise PrivacyError("privacy.unit=patient needs the patient of each case; set privacy.unit=record")
         self.plan, self.config, self.done, self.steps = plan, config, done, 0
+        self.mode: str = config.mode
         self._groups = groups if plan.unit == "patient" else None
         self._mu, self._anchor = proximal_mu, w_global
         key = None if config.secure else hashlib.sha256(f"medray test {seed}".encode()).digest()
@@ -165,14 +167,13 @@ class PrivateStepper(Stepper):
         super().__init__(model, optimizer, criterion, **how)
         self._private, self._loss = private, criterion.one
         self._way: Gradients | None = None
-        self.mode: Mode | None = None
         self.micro_batch = private.config.physical_batch or self.micro_batch or PHYSICAL_BATCH
 
     def __call__(self, batch: Mapping[str, Tensor], *, place: Callable[[], str]) -> float:
         images, targets = self._fetch(batch)
         if self._way is None and len(images):
-            self.mode, self._way = choose(self._private.config.mode, self.model, self._loss, images)
-            log.info("per-sample gradients by %s", self.mode)
+            self._private.mode, self._way = choose(self._private.config.mode, self.model, self._loss, images)
+            log.info("per-sample gradients by %s", self._private.mode)
         self._private.count()
         plan = self._private.plan
         parameters, total = self._sum(images, targets, plan.clip_norm)

@@ -363,10 +363,11 @@ class _Run:
             "fraction": progress.fraction,
             "seconds": progress.seconds,
         }
-        self.history.append({**row, "lr": self._lr(), "loss": mean_loss, **metrics})
+        told = {} if self.private else {"loss": mean_loss}
+        self.history.append({**row, "lr": self._lr(), **told, **metrics})
         if self.tracker and self.runtime.is_main:
-            told = {"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}
-            self.tracker.scalars({key: value for key, value in told.items() if not math.isnan(value)}, self.step)
+            scalars = {"train/mean_loss": mean_loss, **metrics, **pace, **self.meter.device()}
+            self.tracker.scalars({key: value for key, value in scalars.items() if not math.isnan(value)}, self.step)
         prune = self.on_validation is not None and self.runtime.is_main and self.on_validation(progress)
         if self.runtime.agree(prune):
             self._end("pruned")

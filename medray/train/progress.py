@@ -38,8 +38,8 @@ class FitResult:
     Attributes:
         best: metrics of the best validation; empty if none gave a number for the objective.
         best_epoch: the pass in which that was, from 1; 0 if there is none.
-        history: one row per validation: epoch, step, fraction, seconds, lr, loss (mean since the last row), then the
-            metrics.
+        history: one row per validation: epoch, step, fraction, seconds, lr, loss (mean since the last row; not
+            under differential privacy), then the metrics.
         epochs: passes begun.
         steps: optimiser steps done.
         seconds: see :class:`Progress`.

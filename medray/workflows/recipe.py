@@ -17,6 +17,7 @@ from medray.errors import ConfigError
 from medray.models.catalogue import lookup
 from medray.plan.machine import Machine
 from medray.plan.plan import Tree, plan
+from medray.privacy.rules import adapted, check_private
 
 FIXED = ("data", "seed", "task", "split")
 """Fields that a search may not touch: which cases validate, and the seed, whose choice would be luck sold as skill."""
@@ -70,15 +71,12 @@ class Recipe:
                     f"Set {key} outside of space"
                 )
         model = (own.get("model") or {}).get("name") or (self.explicit.get("model") or {}).get("name")
-        layers = [
-            plan(self.fingerprint, self.machine, model=model, budget=budget, horizon=self.horizon),
-            self.explicit,
-            own,
-        ]
+        planned = plan(self.fingerprint, self.machine, model=model, budget=budget, horizon=self.horizon)
         explicit_train = self.explicit.get("train") or {}
         if "epochs" in explicit_train and "budget" not in explicit_train:
-            layers[0]["train"]["budget"] = None
-        experiment = build_experiment(*layers)
+            planned["train"]["budget"] = None
+        experiment = build_experiment(*adapted(planned, self.explicit), own)
+        check_private(experiment, kind=self.manifest.task)
         if twin:
             experiment = experiment.model_copy(update={"seed": (experiment.seed + 7919 * twin) % 2**31})
         lookup(experiment.model.name).check(

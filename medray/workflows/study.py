@@ -114,6 +114,13 @@ def tune(
 def _new(path: Path | None, overrides: Sequence[str], runs: Path) -> tuple[Path, Asked]:
     composed = compose(path, overrides)
     Space.parse(composed.space)
+    if (composed.explicit.get("privacy") or {}).get("epsilon") is not None or any(
+        key.partition(".")[0] == "privacy" for key in composed.space
+    ):
+        raise ConfigError(
+            "a study under privacy.epsilon would look at the private cases in every trial, and each look would have to "
+            "be paid for. Search on public data without it, then: medray train EXPERIMENT privacy.epsilon=..."
+        )
     source = str(composed.explicit.get("data") or Experiment().data)
     command = " ".join(["medray tune", *([str(path)] if path else []), *overrides])
     asked = Asked(

@@ -22,6 +22,7 @@ from medray.engines.ray.session import ray_session, usable_cpus
 from medray.errors import ConfigError, MissingDependencyError, OutOfMemoryError, TrainingError
 from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model
+from medray.privacy.statement import Statement
 from medray.tracking import NullTracker, TensorBoardTracker, Tracker, Trackers
 from medray.train.fit import fit
 from medray.train.precision import resolve_device
@@ -31,6 +32,8 @@ from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.examples import Examples
 from medray.workflows.judging import OBJECTIVE, Direction, make_validate
 from medray.workflows.planning import default_cache, dump, prepare_directory
+from medray.workflows.private import OBJECTIVE as PRIVATE_OBJECTIVE
+from medray.workflows.private import begin, private_validate
 from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
 
@@ -55,15 +58,17 @@ class Trained(Network):
     Attributes:
         fit: what fit() returned.
         directory: ``experiment.yaml``, ``weights.safetensors``, ``result.json``, TensorBoard events.
+        privacy: what the run says of its differential privacy, in sentences; empty where it has none.
     """
 
     fit: FitResult
     directory: Path
+    privacy: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
-        """One line: the best validation figures."""
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.fit.best.items())
+        """One line: the best validation figures (under differential privacy the last, with its noise)."""
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in self.fit.best.items()) or "no figure released"
         return f"{figures} (epoch {self.fit.best_epoch}, {self.fit.seconds:.0f} s, {self.fit.stopped})"
 
 
@@ -142,6 +147,8 @@ def train_model(
         if gpus is None:
             gpus = int(resolve_device(experiment.device).type == "cuda")
         _train_together(run, on_validation or (lambda _: False), cpus or torch.get_num_threads(), gpus)
+    elif experiment.privacy.on:
+        _train_privately(run, on_validation, tracker)
     else:
         _train_here(run, LocalRuntime(resolve_device(experiment.device)), on_validation, tracker)
     trained = load_trained(recipe, directory)
@@ -202,6 +209,33 @@ def _train_here(
         _save_trained(directory, result)
 
 
+def _train_privately(
+    run: _Run, on_validation: Callable[[Progress], bool] | None, tracker: Tracker | None = None
+) -> None:
+    """Train under differential privacy: nothing is told of private cases but what the epsilon covers."""
+    experiment, manifest, directory = run.experiment, run.recipe.manifest, run.directory
+    store, splits = open_store(run.recipe, experiment), run.recipe.splits(experiment)
+    kind, classes = manifest.task, outputs(manifest)
+    private = begin(experiment, manifest, run.indices, directory)
+    tracker = tracker or TensorBoardTracker(directory / "tensorboard")
+    result = fit(
+        experiment,
+        new_model(experiment, manifest),
+        train_loader(store, run.indices, experiment, kind=kind, num_classes=classes),
+        build_loss(experiment.loss, kind=kind, num_classes=classes),
+        validate=private_validate(private, store, splits.val, experiment, manifest),
+        objective=PRIVATE_OBJECTIVE[kind],
+        runtime=private.runtime,
+        run_dir=directory,
+        tracker=tracker,
+        on_validation=on_validation,
+        deadline=None if run.deadline is None else time.monotonic() + run.deadline - time.time(),
+    )
+    tracker.close()
+    _save_trained(directory, result, private.statement([name.removeprefix("val/") for name in result.best]))
+    private.settle()
+
+
 def _train_together(run: _Run, on_validation: Callable[[Progress], bool], cpus: int, gpus: int) -> None:
     """Train in a group of processes; where a part of a batch doesn't fit, begin again with smaller ones."""
     from medray.engines.ray.train import GroupSize, run_group
@@ -241,7 +275,7 @@ def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
     return begun if same == experiment else experiment
 
 
-def _save_trained(directory: Path, result: FitResult) -> None:
+def _save_trained(directory: Path, result: FitResult, privacy: Statement | None = None) -> None:
     """``weights.safetensors``, then ``result.json``: the latter's presence says that the run is whole."""
     partial = directory / "weights.safetensors.part"
     save_file({name: tensor.contiguous() for name, tensor in result.weights.items()}, str(partial))
@@ -258,6 +292,8 @@ def _save_trained(directory: Path, result: FitResult) -> None:
         "step_seconds": result.step_seconds,
         "micro_batch": result.micro_batch,
     }
+    if privacy is not None:
+        summary["privacy"] = {**privacy.plain(), "statement": list(privacy.lines())}
     text = directory / "result.json.part"
     text.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     text.replace(directory / "result.json")
@@ -283,8 +319,13 @@ def load_trained(recipe: Recipe, directory: Path) -> Trained | None:
             f"{directory}: weights.safetensors doesn't fit experiment.yaml ({error}). Delete the folder to train anew"
         ) from None
     summary["history"] = tuple(summary["history"])
+    privacy = tuple(summary.pop("privacy", {}).get("statement", ()))
     return Trained(
-        model=model.eval(), experiment=experiment, fit=FitResult(weights=weights, **summary), directory=directory
+        model=model.eval(),
+        experiment=experiment,
+        fit=FitResult(weights=weights, **summary),
+        directory=directory,
+        privacy=privacy,
     )
 
 
@@ -329,7 +370,7 @@ def _train_composed(composed: Composed, out: Path, address: str | None, notify: 
     if experiment.train.budget is not None:
         recipe = replace(recipe, horizon=experiment.train.budget)
         experiment = recipe.experiment()
-    notify.measures(*OBJECTIVE[recipe.manifest.task])
+    notify.measures(*(PRIVATE_OBJECTIVE if experiment.privacy.on else OBJECTIVE)[recipe.manifest.task])
 
     def progress(at: Progress) -> bool:
         notify(

@@ -253,6 +253,8 @@ class SiteWorker:
             raise FederationError(
                 f"site {self.folder.name}: the server's weights don't fit: {odd!r} is on one side only"
             )
+        if bench.experiment.privacy.on:  # what takes gradients of samples may leave its hooks in the network
+            bench.model = new_model(bench.experiment, self.manifest).to(resolve_device(bench.experiment.device))
         bench.model.load_state_dict(bench.fresh)
         state = self._kept(before)
         own = state.get("own", {})
