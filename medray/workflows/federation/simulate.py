@@ -167,17 +167,10 @@ def _checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
 def _check_privacy(experiment: Experiment, explicit: Mapping[str, Any]) -> None:
     """Refuse what would let private figures out beside the training."""
     preprocess = explicit.get("preprocess") or {}
-    if experiment.preprocess.normalize in ("ct", "columns") and not {"mean", "std"} <= preprocess.keys():
+    if experiment.preprocess.normalize == "columns" and not {"mean", "std"} <= preprocess.keys():
         raise PrivacyError(
-            f"preprocess.normalize={experiment.preprocess.normalize} would take means and deviations from private "
-            "data, uncharged. Give public constants in preprocess.mean and preprocess.std, or normalise otherwise"
-        )
-    if experiment.loss.class_weights is not None and "class_weights" not in (explicit.get("loss") or {}):
-        raise PrivacyError("loss.class_weights were counted on private data, uncharged. Set loss.class_weights=null")
-    if experiment.train.balanced or experiment.train.mixup or experiment.train.cutmix:
-        raise PrivacyError(
-            "train.balanced, train.mixup and train.cutmix tie samples together, so that none has a gradient of its "
-            "own. Turn them off"
+            "preprocess.normalize=columns would take the columns' means and deviations from private data, uncharged. "
+            "Give public constants, one a channel, in preprocess.mean and preprocess.std"
         )
     if experiment.privacy.ledger is not None:
         raise PrivacyError("privacy.ledger is a hospital's; a simulation has none. Leave it out")

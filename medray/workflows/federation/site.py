@@ -149,7 +149,7 @@ class SiteWorker:
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
         self._keep(bench, number, runtime, left)
-        losses = [row["loss"] for row in result.history if math.isfinite(row["loss"])]
+        losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
         return Parcel(
             text={
                 **judged,
