@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from medray.config.federation import FederationConfig
 from medray.config.privacy import PrivacyConfig
 from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
 
@@ -49,14 +50,17 @@ class PreprocessConfig(Section):
     )
     size: tuple[int, ...] | None = Field(None, description="exact shape to resize to (classification); null keeps")
     pad_multiple: int = Field(1, ge=1, description="pad each axis to a multiple of this")
-    normalize: Literal["zscore", "ct", "range", "none"] = Field(
+    normalize: Literal["zscore", "ct", "range", "columns", "none"] = Field(
         "zscore",
         description="zscore: per image and channel; ct: clip to, and scale by, the data set's own percentiles, mean "
-        "and std; range: a fixed low..high to -1..1",
+        "and std; range: a fixed low..high to -1..1; columns: a table's own mean and std, gaps become the mean",
+    )
+    columns: tuple[str, ...] | None = Field(
+        None, description="of a table's rows: the columns that the channels are made from, such as age? or sex=F|M"
     )
     clip: tuple[tuple[float, float], ...] | None = Field(None, description="(low, high) per channel, before scaling")
-    mean: tuple[float, ...] | None = Field(None, description="per channel (ct)")
-    std: tuple[Positive, ...] | None = Field(None, description="per channel (ct)")
+    mean: tuple[float, ...] | None = Field(None, description="per channel (ct, columns)")
+    std: tuple[Positive, ...] | None = Field(None, description="per channel (ct, columns)")
     crop_foreground: bool = Field(False, description="crop to the non-zero box before anything else")
 
 
@@ -264,6 +268,7 @@ class Experiment(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     inference: InferenceConfig = InferenceConfig()
+    federation: FederationConfig = FederationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")

@@ -37,6 +37,7 @@ from medray.config.schema import PreprocessConfig
 from medray.data import shelf
 from medray.data.manifest import IGNORE, Case, Manifest
 from medray.data.preprocess import Geometry, Preprocessor
+from medray.data.rows import is_row
 from medray.errors import DataError, UnreadableError
 
 __all__ = ["PreparedStore", "Progress"]
@@ -209,7 +210,8 @@ def _stamp(root: Path, reference: str, seen: dict[Path, str]) -> str:
     """Size and modification time of the file behind a reference, or of every file of a directory; "" for phantoms."""
     if not reference or reference.startswith("phantom://"):
         return ""
-    path = root / reference
+    whole, _, member = reference.rpartition("#")
+    path = root / (whole if is_row(member) else reference)
     try:
         if "#" in reference and not path.exists():  # an item of an archive: thousands of them share one file
             path = root / reference.rpartition("#")[0]

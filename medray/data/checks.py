@@ -2,6 +2,7 @@
 
 | rule | severity | what |
 |---|---|---|
+| missing | warning | a table's column that lacks values |
 | unreadable | error | a file that can't be decoded |
 | empty | error | no pixels, or not one finite value |
 | nonfinite | warning | some pixels are NaN or infinite |
@@ -33,7 +34,7 @@ from medray.data.readers import read_image, read_mask
 from medray.data.sweep import Progress, sweep
 from medray.errors import DataError, LeakError, UnreadableError
 
-_KEPT = ("unpaired",)  # findings of the layout: a check of the cases can't see them again
+_KEPT = ("unpaired", "missing")  # findings of the layout: a check of the cases can't see them again
 _SHOWN = 20
 
 
@@ -159,7 +160,7 @@ def _pixels(manifest: Manifest, case: Case, images: list[Image]) -> Iterator[Fin
     elif channels != manifest.channels:
         text = f"{channels} channels, the data set has {manifest.channels}"
         yield _error("shape", case, text, "convert it to the same channels (grey or colour), or remove the case")
-    for image in images:
+    for image in images if not manifest.columns else ():  # of a table the layout has said what is missing
         if image.array.size == 0:
             yield _error(
                 "empty", case, f"{image.source}: shape {image.array.shape}", "export the image anew, or remove the case"

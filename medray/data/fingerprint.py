@@ -33,7 +33,8 @@ class _Frozen(BaseModel):
 class ChannelStats(_Frozen):
     """Intensities of one channel, in the files' unit: over foreground voxels (segmentation) or all (otherwise).
 
-    ``mean`` and ``std`` are exact; the percentiles (0.5, 50, 99.5) are of a sample that is bounded per case.
+    ``mean`` and ``std`` are exact, over ``count`` values (0: not known); the percentiles (0.5, 50, 99.5) are of a
+    sample that is bounded per case. Values that a table lacks count nowhere.
     """
 
     mean: float
@@ -41,6 +42,7 @@ class ChannelStats(_Frozen):
     p005: float
     p50: float
     p995: float
+    count: int = 0
 
 
 class Fingerprint(_Frozen, Document):
@@ -77,6 +79,7 @@ class Fingerprint(_Frozen, Document):
     class_fraction: dict[str, float]
     bytes_total: int
     digest: str
+    columns: tuple[str, ...] = ()
 
 
 @dataclass
@@ -142,6 +145,7 @@ def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerpr
         class_fraction=class_fraction,
         bytes_total=sum(one.nbytes for one in found),
         digest=digest.hexdigest(),
+        columns=manifest.columns,
     )
 
 
@@ -175,6 +179,10 @@ def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: in
     sums[:, 0] = values.shape[1]
     for start in range(0, values.shape[1], _CHUNK):  # in doubles, but never the whole volume in doubles
         exact = values[:, start : start + _CHUNK].astype(np.float64)
+        if manifest.columns:
+            lacking = ~np.isfinite(exact)
+            sums[:, 0] -= lacking.sum(1)
+            exact[lacking] = 0
         sums[:, 1] += exact.sum(1)
         sums[:, 2] += (exact**2).sum(1)
     # Bounded per case, as in nnU-Net: large cases shall not drown the small ones, nor fill the memory.
@@ -191,10 +199,17 @@ def _intensity(found: list[_Measured]) -> tuple[ChannelStats, ...]:
     mean = totals[:, 1] / count
     std = np.sqrt(np.maximum(totals[:, 2] / count - mean**2, 0))
     pooled = np.concatenate([one.sample for one in found], axis=1)
-    low, middle, high = np.percentile(pooled, _PERCENTILES, axis=1)
+    if not np.isfinite(pooled).all():
+        pooled = np.where(np.isfinite(pooled).any(1, keepdims=True), pooled, 0)  # a column without any value
+    low, middle, high = np.nanpercentile(pooled, _PERCENTILES, axis=1)
     return tuple(
         ChannelStats(
-            mean=float(mean[c]), std=float(std[c]), p005=float(low[c]), p50=float(middle[c]), p995=float(high[c])
+            mean=float(mean[c]),
+            std=float(std[c]),
+            p005=float(low[c]),
+            p50=float(middle[c]),
+            p995=float(high[c]),
+            count=int(totals[c, 0]),
         )
         for c in range(len(mean))
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Modality = Literal["CT", "MR", "XR", "US", "fundus", "dermoscopy", "microscopy", "other"]
+Modality = Literal["CT", "MR", "XR", "US", "fundus", "dermoscopy", "microscopy", "table", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,5 +64,6 @@ class Manifest(_Row, Document):
     channels: int = Field(ge=1)
     classes: tuple[str, ...] = Field(description="segmentation: background first")
     modality: Modality = "other"
+    columns: tuple[str, ...] = Field((), description="of a table's rows: what the channels are, see medray.data.rows")
     cases: tuple[Case, ...]
     findings: tuple[Finding, ...] = ()

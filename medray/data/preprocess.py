@@ -96,8 +96,8 @@ class Preprocessor:
         if config.spacing is not None and config.size is not None:
             raise ConfigError("preprocess.spacing and preprocess.size exclude each other: set one of them to null")
         self._clip = self._per_channel("clip", config.clip, needed=config.normalize in ("ct", "range"))
-        self._mean = self._per_channel("mean", config.mean, needed=config.normalize == "ct")
-        self._std = self._per_channel("std", config.std, needed=config.normalize == "ct")
+        self._mean = self._per_channel("mean", config.mean, needed=config.normalize in ("ct", "columns"))
+        self._std = self._per_channel("std", config.std, needed=config.normalize in ("ct", "columns"))
         for low, high in self._clip or ():
             if not low < high:
                 raise ConfigError(f"preprocess.clip: {low} must be below {high}")
@@ -244,7 +244,10 @@ class Preprocessor:
 
     def _normalize(self, pixels: Float, channel: int) -> None:
         """Normalise one channel (*s) in place."""
-        if not np.isfinite(pixels.sum(dtype=np.float64)):
+        if self.config.normalize == "columns":
+            assert self._mean is not None
+            pixels[~np.isfinite(pixels)] = np.float32(self._mean[channel])
+        elif not np.isfinite(pixels.sum(dtype=np.float64)):
             finite = np.isfinite(pixels)
             pixels[~finite] = pixels[finite].min() if finite.any() else 0.0
         if self._clip is not None:
@@ -256,7 +259,7 @@ class Preprocessor:
                 assert self._clip is not None
                 low, high = self._clip[channel]
                 shift, scale = (low + high) / 2, (high - low) / 2
-            case "ct":
+            case "ct" | "columns":
                 assert self._mean is not None and self._std is not None
                 shift, scale = self._mean[channel], self._std[channel]
             case "zscore":

@@ -23,6 +23,7 @@ from medray.models import (
     monai_nets,
     small,
     swin,
+    tabular,
     timm_nets,
     unet,
     unetpp,
@@ -46,6 +47,7 @@ FAMILIES = (
     small.SPECS,
     timm_nets.SPECS,
     medvit.SPECS,
+    tabular.SPECS,
 )
 CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for family in FAMILIES for spec in family}
 """Every network by name. Beside them, ``timm:NAME`` classifies with, and ``encoder:NAME`` segments under a U-Net

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from medray.config.schema import ModelConfig
+from medray.config.schema import AugmentConfig, ModelConfig
 from medray.data.fingerprint import Fingerprint
 from medray.models.catalogue import lookup
 from medray.models.spec import ModelSpec
@@ -53,6 +53,8 @@ def default_model(fingerprint: Fingerprint, machine: Machine) -> str:
     A ResNet-18 that keeps every pixel of a thumbnail does 0.5 GFLOP for each: on a CPU, a network for small images sees
     them six times as often in the same time, and learns more.
     """
+    if fingerprint.columns:
+        return "mlp"
     if fingerprint.task == "segmentation":
         return "unet"
     thumbnails = fingerprint.ndim == 2 and max(fingerprint.shape_median) <= SMALL_IMAGE
@@ -88,6 +90,10 @@ def plan(
         merge(tree, _segmentation(fingerprint, geometry, machine, spec, horizon or budget or PATIENT))
     else:
         merge(tree, _classification(fingerprint, machine, spec))
+    if fingerprint.columns:
+        # A row costs next to nothing: whole sets in a few steps, in full precision, for hundreds of passes.
+        merge(tree, {"train": {"precision": "fp32", "ema": 0.0, "epochs": 200, "checkpointing": "off"}})
+        merge(tree, {"optim": {"lr": 5e-3}, "loss": {"label_smoothing": 0.0, "class_weights": None}})
     tree["augment"] = augmentation(fingerprint)
     if budget is not None:
         tree["train"]["budget"] = budget
@@ -123,7 +129,19 @@ def target_geometry(fingerprint: Fingerprint) -> Geometry:
 
 
 def normalisation(fingerprint: Fingerprint) -> Tree:
-    """CT has physical units, so one scale for all; everything else is scaled image by image."""
+    """CT has physical units, so one scale for all; images else are scaled one by one.
+
+    A table's numbers are standardised column by column, its kinds and gaps stay 0 and 1.
+    """
+    if fingerprint.columns:
+        plain = [part for text in fingerprint.columns for part in _is_number(text)]
+        stats = list(zip(plain, fingerprint.intensity, strict=True))
+        return {
+            "normalize": "columns",
+            "columns": list(fingerprint.columns),
+            "mean": [round(c.mean, 6) if number else 0.0 for number, c in stats],
+            "std": [round(max(c.std, 1e-3), 6) if number else 1.0 for number, c in stats],
+        }
     if fingerprint.modality != "CT":
         return {"normalize": "zscore"}
     channels = fingerprint.intensity
@@ -135,9 +153,17 @@ def normalisation(fingerprint: Fingerprint) -> Tree:
     }
 
 
+def _is_number(text: str) -> list[bool]:
+    """Of each channel of a column, as it is written, whether it holds the number itself."""
+    kinds = text.partition("=")[2]
+    return [False] * len(kinds.split("|")) if kinds else [True, False] if text.endswith("?") else [True]
+
+
 def augmentation(fingerprint: Fingerprint) -> Tree:
     """Which random changes are plausible for the modality. Mirroring is off: left and right differ in a body."""
     tree: Tree = {"strength": 1.0}
+    if fingerprint.columns:
+        return {"strength": 0.0} | {name: 0.0 for name in AugmentConfig.model_fields if name.startswith("p_")}
     if fingerprint.modality in ("fundus", "dermoscopy", "microscopy"):
         tree |= {"flip_axes": list(range(fingerprint.ndim)), "rotate_deg": 180.0 if fingerprint.ndim == 2 else 15.0}
     if fingerprint.modality == "US":

@@ -169,7 +169,10 @@ class PrivateStepper(Stepper):
         self._way: Gradients | None = None
         self.micro_batch = private.config.physical_batch or self.micro_batch or PHYSICAL_BATCH
 
-    def __call__(self, batch: Mapping[str, Tensor], *, place: Callable[[], str]) -> float:
+    def __call__(
+        self, batch: Mapping[str, Tensor], *, place: Callable[[], str], held: Iterable[nn.Parameter] = ()
+    ) -> float:
+        del held  # what is frozen asks for no gradient, and so gets neither noise nor a step
         images, targets = self._fetch(batch)
         if self._way is None and len(images):
             self._private.mode, self._way = choose(self._private.config.mode, self.model, self._loss, images)

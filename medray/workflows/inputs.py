@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medray.data.layouts.dicom import series_under
+from medray.data.rows import reference as reference_of
+from medray.data.tablefile import is_table, read_table
 from medray.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".dcm")
@@ -28,15 +30,22 @@ class Input:
     name: str
 
 
-def expand(inputs: Sequence[str], *, ndim: int, channels: int) -> list[Input]:
+def expand(inputs: Sequence[str], *, ndim: int, channels: int, columns: Sequence[str] | None = None) -> list[Input]:
     """List the images behind ``inputs``, in a stable order.
 
     Folders are searched with all below them. In 3-D a folder's DICOM files are one series; in 2-D each is an image.
     Where the bundle wants several channels, files ``NAME_0000``, ``NAME_0001``, … (nnU-Net's layout) are one image.
 
+    Args:
+        inputs: as they were named.
+        ndim, channels: of the bundle.
+        columns: of a bundle that reads tables: each row of each table is an image.
+
     Raises:
         DataError: an input that isn't there, or nothing readable in all of them.
     """
+    if columns:
+        return _rows(inputs, columns)
     found: list[tuple[str, str]] = []
     for text in inputs:
         found += _one(text, ndim)
@@ -55,6 +64,20 @@ def expand(inputs: Sequence[str], *, ndim: int, channels: int) -> list[Input]:
         taken.add(unique.casefold())
         result.append(Input(references=references, name=unique))
     return result
+
+
+def _rows(inputs: Sequence[str], columns: Sequence[str]) -> list[Input]:
+    found = []
+    for text in inputs:
+        path = Path(text)
+        if not path.is_file() or not is_table(path):
+            raise DataError(f"{text}: no table. This bundle reads rows of tables (.csv, .tsv, .parquet)")
+        for number, row in enumerate(read_table(path)):
+            name = row.get("id") or f"row-{number + 1}"
+            found.append(Input(references=(reference_of(text, number, columns),), name=name))
+    if not found:
+        raise DataError(f"no row in {', '.join(inputs)}")
+    return found
 
 
 def _one(text: str, ndim: int) -> list[tuple[str, str]]:

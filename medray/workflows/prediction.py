@@ -99,7 +99,10 @@ def predict_files(
         DataError: there is no image at all.
     """
     bundle = Bundle.open(bundle_dir)
-    listed = expand([str(item) for item in inputs], ndim=bundle.spec.ndim, channels=bundle.spec.channels)
+    spec = bundle.spec
+    listed = expand(
+        [str(item) for item in inputs], ndim=spec.ndim, channels=spec.channels, columns=spec.preprocess.columns
+    )
     predictor = bundle.predictor(runtime, device=device, precision=precision, threads=threads)
     out_dir.mkdir(parents=True, exist_ok=True)
     answers = []

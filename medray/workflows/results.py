@@ -41,7 +41,7 @@ def data_summary(recipe: Recipe, source: str, splits: Splits) -> DataSummary:
     """What the data are, with a few training images."""
     manifest, fingerprint = recipe.manifest, recipe.fingerprint
     examples = []
-    for index in spread(splits.train, EXAMPLES):
+    for index in spread(splits.train, EXAMPLES if not manifest.columns else 0):
         case = manifest.cases[index]
         image, mask, _ = read_case(case, Path(manifest.root))
         caption = case.id if case.label is None else f"{case.id}: {_label_text(case.label, manifest.classes)}"

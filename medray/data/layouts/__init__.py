@@ -9,10 +9,11 @@ from medray.data.layouts.dicom import draft_patients, holds_dicom, patient_table
 from medray.data.layouts.folders import draft_classes, draft_pairs, has_classes, has_pairs
 from medray.data.layouts.medmnist import draft_medmnist
 from medray.data.layouts.nnunet import draft_nnunet
-from medray.data.layouts.table import draft_table, find_table, is_table, split_query
+from medray.data.layouts.table import draft_table, find_table, split_query
 from medray.data.manifest import Manifest
 from medray.data.phantoms import phantom_manifest
 from medray.data.sweep import Progress
+from medray.data.tablefile import is_table
 from medray.errors import DataError
 
 __all__ = ["build_manifest"]

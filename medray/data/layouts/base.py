@@ -42,6 +42,7 @@ class Draft:
     classes: tuple[str, ...] | None
     cases: list[Case]
     modality: Modality = "other"
+    columns: tuple[str, ...] = ()
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -230,6 +231,7 @@ def finish(draft: Draft, source: str, progress: Progress | None) -> Manifest:
         channels=channels,
         classes=draft.classes if draft.classes is not None else _classes_in_masks(draft, progress),
         modality=draft.modality if draft.modality != "other" else header.modality,
+        columns=draft.columns,
         cases=tuple(draft.cases),
         findings=tuple(draft.findings),
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from medray.data.layouts.base import DICOMS, Draft, by_name, exists, relative, split_of, suffix_of, unique_ids, visible
-from medray.data.layouts.table import columns, is_table, read_table, whole_number
 from medray.data.manifest import Case
 from medray.data.sweep import Progress, sweep
+from medray.data.tablefile import columns, is_table, read_table, whole_number
 from medray.errors import DataError, MissingDependencyError
 
 _NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "FID"}

@@ -6,14 +6,14 @@ one image stand in ``label`` as ``a|b``. Paths are relative to the table; the en
 
 ``classes.json`` beside it names the classes in their order. Columns of other names are named behind the path:
 ``cases.csv?image=image_id&label=dx&patient=lesion_id``.
+
+A table without images is learnt from itself where ``columns`` says from which of its columns:
+``cases.csv?columns=age,sex,chol&label=dx``, or ``columns=*`` for all that have no other meaning. Numbers that stand for
+kinds are marked: ``columns=age,cp:kind``.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -31,18 +31,12 @@ from medray.data.layouts.base import (
     visible,
 )
 from medray.data.manifest import Case, Split
-from medray.errors import DataError, MissingDependencyError
+from medray.data.rows import Column, columns_of, missing_values, reference
+from medray.data.tablefile import Row, cell, columns, is_table, nearest, read_table, whole_number
+from medray.errors import DataError
 
-TABLES = (".csv", ".tsv", ".parquet")
 _KNOWN = ("id", "image", "mask", "valid", "label", "patient", "site", "split")
 _FOLDERS = {"image": ("", "images", "image"), "mask": ("", "masks", "labels", "mask"), "valid": ("", "valid", "fov")}
-
-Row = dict[str, str]
-
-
-def is_table(path: Path) -> bool:
-    """Whether the path ends as a table does."""
-    return path.suffix.lower() in TABLES
 
 
 def find_table(folder: Path) -> Path | None:
@@ -67,47 +61,6 @@ def _describes(path: Path) -> bool:
     return target and ("image" in names or any(n.startswith("image_") for n in names))
 
 
-def columns(path: Path) -> list[str]:
-    """The names of a table's columns."""
-    if path.suffix.lower() == ".parquet":
-        return [str(n) for n in _parquet(path).schema_arrow.names]
-    with _opened(path) as stream:
-        return next(_csv_rows(stream, path), [])
-
-
-def read_table(path: Path, naming: dict[str, str] | None = None) -> list[Row]:
-    """The rows, as text by column name; ``naming`` renames columns (known name to the file's own).
-
-    Raises:
-        DataError: the file can't be read, has rows of another length, or lacks a column that ``naming`` names.
-    """
-    if path.suffix.lower() == ".parquet":
-        rows = [{str(k): _text(v) for k, v in row.items()} for row in _parquet(path).read().to_pylist()]
-        names = columns(path)
-    else:
-        with _opened(path) as stream:
-            lines = _csv_rows(stream, path)
-            names = next(lines, [])
-            rows = []
-            for number, line in enumerate(lines, 2):
-                if not any(cell.strip() for cell in line):
-                    continue
-                if len(line) != len(names):
-                    raise DataError(
-                        f"{path}: line {number} has {len(line)} cells, the header {len(names)}. Quote cells with commas"
-                    )
-                rows.append({name: cell.strip() for name, cell in zip(names, line, strict=True)})
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: column {twice[0]!r} stands twice. Rename one")
-    for known, own in (naming or {}).items():
-        if own not in names:
-            raise DataError(f"{path}: no column {own!r}{_nearest(own, names)}. It has: {', '.join(names)}")
-        for row in rows:
-            row[known] = row[own] if known in names and known != own else row.pop(own, row.get(known, ""))
-    return rows
-
-
 def split_query(source: str) -> tuple[str, dict[str, str]]:
     """``cases.csv?image=file&label=dx`` to the path and its column names.
 
@@ -119,59 +72,11 @@ def split_query(source: str) -> tuple[str, dict[str, str]]:
     path, _, query = source.partition("?")
     naming = dict(parse_qsl(query, keep_blank_values=True))
     for known in naming:
-        if known not in _KNOWN:
+        if known not in (*_KNOWN, "columns"):
             raise DataError(
-                f"{source}: {known!r} is no column with a meaning{_nearest(known, _KNOWN)}. Use {', '.join(_KNOWN)}"
+                f"{source}: {known!r} is no column with a meaning{nearest(known, _KNOWN)}. Use {', '.join(_KNOWN)}"
             )
     return path, naming
-
-
-def _nearest(word: str, words: Any) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _text(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}. Give a table that can be read") from None
-
-
-def _csv_rows(stream: Any, path: Path) -> Any:
-    try:
-        head = stream.readline()
-        stream.seek(0)
-        counts = {mark: head.count(mark) for mark in ",;\t"}
-        mark = max(counts, key=lambda m: counts[m])
-        for number, line in enumerate(csv.reader(stream, delimiter=mark, strict=True)):
-            yield [cell.strip() for cell in line] if number == 0 else line
-    except (csv.Error, UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"{path}: no table in UTF-8 ({error}). Save it as CSV, UTF-8") from None
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise MissingDependencyError("pyarrow", "reading Parquet", "pip install pyarrow") from None
-    try:
-        return ParquetFile(path)
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{path}: no Parquet file ({error})") from None
-
-
-def whole_number(text: str) -> str:
-    """``1.0``, as other programs write the integers of a column with gaps, to ``1``; anything else as it is."""
-    head, dot, tail = text.partition(".")
-    return head if dot and head.lstrip("-").isdigit() and tail.strip("0") == "" else text
 
 
 def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> Draft:
@@ -180,13 +85,16 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
     Raises:
         DataError: no rows, no column for the image or the target, a split, label or 0/1 value that is none.
     """
-    rows = read_table(path, naming)
+    asked = (naming or {}).get("columns")
+    rows = read_table(path, {known: own for known, own in (naming or {}).items() if known != "columns"})
     if not rows:
         raise DataError(f"{path}: no rows. Write one per case")
     names = list(rows[0])
     pictures = ["image"] if "image" in names else [n for n in names if n.startswith("image_")]
-    if not pictures:
-        hint = f"{path}?image=COLUMN&label=COLUMN"
+    if pictures and asked is not None:
+        raise DataError(f"{path}: has images and columns=: learning from both at once is not among the tasks. Drop one")
+    if not pictures and asked is None:
+        hint = f"{path}?image=COLUMN&label=COLUMN, or learn from the table itself by ?columns=*"
         raise DataError(
             f"{path}: no column 'image'. It has: {', '.join(names)}. Name the columns in the file, or as {hint}"
         )
@@ -207,12 +115,19 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
 
     root = path.parent.resolve()
     splits = _splits(path, rows)
-    images = [tuple(_locate(root, row[c], "image") for c in pictures if row[c]) for row in rows]
+    schema: tuple[Column, ...] = ()
+    images: list[tuple[str, ...]]
+    if asked is not None:
+        schema = columns_of(path, rows, asked, [name for name in names if name not in used])
+        images = [(reference(path.name, number, schema),) for number in range(len(rows))]
+    else:
+        images = [tuple(_locate(root, row[c], "image") for c in pictures if row[c]) for row in rows]
     for number, found in enumerate(images, 2):
         if not found:
             raise DataError(f"{path}: row {number} names no image. Fill in {pictures[0]!r}, or delete the row")
     ids = unique_ids(
-        (row.get("id") or stem_of(Path(found[0])), found[0]) for row, found in zip(rows, images, strict=True)
+        (row.get("id") or (f"row-{k + 1}" if schema else stem_of(Path(found[0]))), found[0])
+        for k, (row, found) in enumerate(zip(rows, images, strict=True))
     )
     cases = [
         Case(
@@ -224,11 +139,15 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
             patient=row.get("patient", ""),
             site=row.get("site") or None,
             split=splits[k],
-            columns={name: _clinical(row[name]) for name in names if name not in used},
+            columns={name: cell(row[name]) for name in names if name not in used},
         )
         for k, row in enumerate(rows)
     ]
-    return Draft(root=root, task=kind, classes=classes, cases=cases)
+    draft = Draft(root=root, task=kind, classes=classes, cases=cases)
+    if schema:
+        draft.modality, draft.columns = "table", tuple(column.text() for column in schema)
+        draft.findings += missing_values(rows, schema)
+    return draft
 
 
 def _kind(path: Path, names: list[str], flags: list[str], rows: list[Row], task: str) -> Any:
@@ -303,13 +222,3 @@ def _locate(root: Path, value: str, kind: str) -> str:
             if at.name and exists(at.with_name(at.name + suffix)):
                 return relative(at.with_name(at.name + suffix), root)
     return value
-
-
-def _clinical(text: str) -> str | float | None:
-    if not text or text.lower() == "nan":
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return number if math.isfinite(number) and "_" not in text else text

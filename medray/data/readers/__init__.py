@@ -1,7 +1,8 @@
 """Readers: a reference to an :class:`~medray.data.image.Image`, :class:`~medray.data.image.Mask` or :class:`Header`.
 
 A reference is a path relative to ``root`` (or absolute) of a picture, NIfTI or DICOM file; a directory with one DICOM
-series, or ``directory#SeriesInstanceUID`` where there are several; ``file.npz#array/index``; or ``phantom://…``. The
+series, or ``directory#SeriesInstanceUID`` where there are several; ``file.npz#array/index``; ``table.csv#row;columns``
+(see :mod:`medray.data.rows`); or ``phantom://…``. The
 format is told by content, not by suffix. Whatever is wrong with a file is an :class:`~medray.errors.UnreadableError`
 that names it and the cause; sizes that a header claims are checked before anything is allocated.
 """
@@ -15,10 +16,11 @@ import numpy as np
 
 from medray.data.image import Image, Mask
 from medray.data.manifest import Case
-from medray.data.readers import dicom, nifti, npz, picture
+from medray.data.readers import dicom, nifti, npz, picture, row
 from medray.data.readers.dicom_seg import place
 from medray.data.readers.guard import reading, require_file
 from medray.data.readers.header import Header
+from medray.data.rows import is_row
 from medray.errors import UnreadableError
 
 __all__ = ["Header", "probe", "read_case", "read_image", "read_mask"]
@@ -39,7 +41,7 @@ def read_image(reference: str, root: Path) -> Image:
         root: what relative paths start from.
 
     Returns:
-        (C, H, W) or (C, X, Y, Z) in RAS+, float32, all finite, in the file's own units.
+        (C, H, W) or (C, X, Y, Z) in RAS+, float32, all finite (but a table's gaps), in the file's own units.
 
     Raises:
         UnreadableError: whatever is wrong with it.
@@ -50,6 +52,8 @@ def read_image(reference: str, root: Path) -> Image:
 
         return read_phantom(reference)[0]
     path, member = _locate(reference, root)
+    if is_row(member):
+        return row.read_image(path, member)
     module = _format(path, member)
     if module is npz:
         return npz.read_image(path, member)
@@ -90,6 +94,8 @@ def probe(reference: str, root: Path) -> Header:
         image = read_image(reference, root)
         return Header(shape=image.shape, channels=len(image.array), spacing=image.spacing, modality=image.modality)
     path, member = _locate(reference, root)
+    if is_row(member):
+        return row.probe(member)
     module = _format(path, member)
     if module is npz:
         return npz.probe(path, member)
@@ -160,6 +166,9 @@ def _locate(reference: str, root: Path) -> tuple[Path, str]:
     if not reference or "\0" in reference:
         raise UnreadableError(repr(reference), "an empty path, or one with a NUL character, names no file")
     with reading(reference):
+        whole, _, member = reference.rpartition("#")
+        if is_row(member):
+            return root / whole, member
         path = root / reference
         if "#" in reference and not path.exists():
             whole, _, member = reference.rpartition("#")

@@ -1,0 +1,175 @@
+"""A federation from data to bundle, over Flower's messages: in this process, and once on Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medray.config.compose import Composed
+from medray.config.schema import Experiment
+from medray.data.fingerprint import Fingerprint
+from medray.data.manifest import Manifest
+from medray.engines.flower.inprocess import in_process
+from medray.errors import ConfigError, PrivacyError
+from medray.workflows.federation.rounds import Federated, Rounds
+from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
+from medray.workflows.federation.simulate import prepare_sites, simulate_federation
+from medray.workflows.federation.site import SiteFolder, opener
+from medray.workflows.prediction import predict_files
+from medray.workflows.recipe import Recipe
+from medray.workflows.training import new_model
+
+ROWS = 160
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hospitals; the illness follows two columns, the third hospital measures one of them otherwise."""
+    rng = np.random.default_rng(0)
+    lines = ["site,patient,age,marker,sex,label"]
+    for row in range(ROWS):
+        site, age, marker = row % 3, rng.normal(60, 10), rng.normal()
+        ill = int((age - 60) / 10 + 2 * marker + rng.normal(0, 0.3) > 0)
+        lines.append(f"{'abc'[site]},p{row // 2}-{site},{age:.2f},{marker + (site == 2):.3f},{'FM'[row % 2]},{ill}")
+    path = tmp_path_factory.mktemp("table") / "cases.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def overrides(table: Path, **more: str) -> list[str]:
+    found = [f"data={table}?columns=age,marker,sex", "model.name=linear", "optim.lr=0.1", "train.batch_size=16"]
+    return [*found, "device=cpu", "federation.rounds=6", *(f"{k.replace('__', '.')}={v}" for k, v in more.items())]
+
+
+def rounds(out: Path, recipe: Recipe, folders: tuple[SiteFolder, ...], spec: Experiment, **how: Any) -> Federated:
+    model = new_model(spec, recipe.manifest)
+    shared = shared_names(model, spec.federation)
+    hub = in_process(opener(folders), len(folders))
+    made = Rounds(
+        hub, out, spec, arrays_of(model, shared), statistics_of(model), objective=("val/auc", "max"), latest=True, **how
+    )
+    return made.run(tuple(folder.name for folder in folders))
+
+
+def prepared(table: Path, out: Path, **sections: Any) -> tuple[Recipe, tuple[SiteFolder, ...], Experiment]:
+    explicit = {"data": f"{table}?columns=age,marker,sex", "device": "cpu", **sections}
+    composed = Composed(explicit=explicit, study=None, space={})  # type: ignore[arg-type]
+    recipe, folders = prepare_sites(composed, out, lambda *_: None)
+    return recipe, folders, recipe.experiment()
+
+
+def test_from_a_table_to_a_bundle_that_predicts(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = simulate_federation(None, overrides(table), out=tmp_path / "run")
+    assert result.metrics["auc"].value > 0.9 and set(result.comparison) == {"each site alone", "pooled"}
+    page = result.report.read_text(encoding="utf-8")
+    assert "no differential privacy" in page and "Model of a row" in page and "a alone" in page
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["bytes"]["up"] > 0 and outcome["metrics"]["auc"][0] == pytest.approx(result.metrics["auc"].value)
+    answers = predict_files(result.bundles[0], [table], tmp_path / "answers", "onnx")
+    assert not answers.failed and len(answers.answers) == ROWS
+    # No site's folder names another site's patients.
+    for folder in sorted((tmp_path / "run" / "sites").iterdir()):
+        own = Manifest.load(folder / "manifest.json")
+        assert len({case.site for case in own.cases}) == 1
+        sides: dict[str, set[str | None]] = {}
+        for case in own.cases:
+            sides.setdefault(case.group, set()).add(case.split)
+        assert all(len(found) == 1 for found in sides.values())
+    merged = Fingerprint.load(tmp_path / "run" / "fingerprint.json")
+    assert merged.sites.keys() == {"a", "b", "c"}
+    with pytest.raises(ConfigError, match="--resume"):
+        simulate_federation(None, overrides(table), out=tmp_path / "run")
+
+
+def test_a_run_that_was_cut_ends_as_if_it_had_not_been(table: Path, tmp_path: Path) -> None:
+    sections = {
+        "model": {"name": "mlp", "feature_size": 8, "dropout": 0.2},
+        "federation": {"rounds": 5, "compression": "int8", "strategy": "fedadam"},
+    }
+    found = []
+    for name in ("whole", "cut"):
+        recipe, folders, spec = prepared(table, tmp_path / name, **sections)
+        if name == "cut":
+
+            def stop(number: int, _: Any) -> None:
+                if number == 3:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                rounds(tmp_path / name, recipe, folders, spec, tell=stop)
+        found.append(rounds(tmp_path / name, recipe, folders, spec))
+    for name, value in found[0].weights.items():
+        assert np.array_equal(value, found[1].weights[name]), name
+    assert [entry["round"] for entry in found[1].history] == [1, 2, 3, 4, 5]
+
+
+def test_fedbn_keeps_norms_and_named_heads_at_their_site(table: Path, tmp_path: Path) -> None:
+    sections = {
+        "model": {"name": "mlp", "feature_size": 8},
+        "federation": {"rounds": 2, "strategy": "fedbn", "local": ["head.*"]},
+    }
+    recipe, folders, spec = prepared(table, tmp_path, **sections)
+    result = rounds(tmp_path, recipe, folders, spec)
+    names = set(new_model(spec, recipe.manifest).state_dict())
+    assert names - set(result.weights) == {
+        "body.1.weight",
+        "body.1.bias",
+        "body.5.weight",
+        "body.5.bias",
+        "head.weight",
+        "head.bias",
+    }
+    own = [folder.open()._kept(None)["own"] for folder in folders]
+    assert not np.array_equal(own[0]["head.weight"].numpy(), own[1]["head.weight"].numpy())
+
+
+def test_one_site_is_plain_training_and_the_pull_holds_it_back(table: Path, tmp_path: Path) -> None:
+    moved = {}
+    for mu in (0.0, 5.0):
+        sections = {
+            "model": {"name": "linear"},
+            "optim": {"name": "sgd", "lr": 0.1},
+            "federation": {"rounds": 1, "local_epochs": 5, "quorum": 3, "strategy": "fedprox", "proximal_mu": mu},
+        }
+        recipe, folders, spec = prepared(table, tmp_path / str(mu), **sections)
+        moved[mu] = float(np.linalg.norm(rounds(tmp_path / str(mu), recipe, folders, spec).weights["head.weight"]))
+    assert 0 < moved[5.0] < 0.5 * moved[0.0]
+
+
+def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(table: Path, tmp_path: Path) -> None:
+    privacy = {"epsilon": 5.0, "delta": 1e-3, "metric_noise": None, "mode": "hooks", "accountant": "rdp"}
+    sections = {"model": {"name": "linear"}, "privacy": privacy, "federation": {"rounds": 2, "local_steps": 2}}
+    sections["train"] = {"batch_size": 8}
+    recipe, folders, spec = prepared(table, tmp_path, **sections)
+    result = rounds(tmp_path, recipe, folders, spec)
+    for entry in result.history:
+        assert {row["state"] for row in entry["sites"].values()} == {"ok"}
+        assert all(row["metrics"] == {} and row["loss"] is None for row in entry["sites"].values())
+    assert result.metrics == {}
+    more = {"privacy__epsilon": "3", "privacy__delta": "1e-3"}
+    with pytest.raises(PrivacyError, match=r"preprocess\.mean"):
+        simulate_federation(None, overrides(table, **more), out=tmp_path / "refused")
+
+
+def test_on_ray_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
+    """In a process of its own: Flower ends the Ray session that it has used."""
+    outcomes = []
+    for engine in ("here", "ray"):
+        words = [*overrides(table, federation__rounds="2"), "--out", engine, "--engine", engine, "--no-compare"]
+        command = [sys.executable, "-m", "medray", "federate", "simulate", *words]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        outcomes.append(json.loads((tmp_path / engine / "outcome.json").read_text())["metrics"]["log_loss"][0])
+    assert outcomes[0] == pytest.approx(outcomes[1], abs=1e-5)
