@@ -91,8 +91,8 @@ def node_of(certificate: bytes, authority: bytes, *, now: dt.datetime) -> tuple[
         found.verify_directly_issued_by(issuer)
     except (InvalidSignature, ValueError, TypeError):
         raise FederationError(
-            f"certificate of {site!r}: not signed by this federation's authority. Make kits with the authority that the "
-            "server runs with"
+            f"certificate of {site!r}: not signed by this federation's authority. Make kits with the authority that "
+            "the server runs with"
         ) from None
     check_dates(found, f"certificate of {site!r}", now=now)
     usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value

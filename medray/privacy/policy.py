@@ -1,4 +1,4 @@
-"""A site's own rules, applied to what a run asks of it: before data are touched, and in words that both sides can read."""
+"""A site's own rules, applied to what a run asks of it, before data are touched, in words that both sides can read."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 FLEET = "/v1/fleet/"
+NODES = "nodes.json"
+"""In the state's folder: Flower's number of each site."""
 REFUSED = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
 """Who belongs to the federation is said by certificates here, not by who calls."""
 
@@ -72,7 +75,8 @@ def serve(
     for name, place in (("port", (host, port)), ("admin port", ("127.0.0.1", admin_port))):
         _free(name, *place)
     app = _superlink(files, admin_port)
-    admit(app.state.linkstate_factory.state(), nodes)
+    numbers = admit(app.state.linkstate_factory.state(), nodes)
+    (files.state / NODES).write_text(json.dumps(numbers), encoding="utf-8")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_run(app, files, host, port, admin_port, ready))
 
@@ -93,8 +97,8 @@ def gate(app: App) -> App:
     return guarded
 
 
-def admit(state: Any, nodes: Mapping[str, bytes]) -> None:
-    """Make Flower's register of nodes hold ``nodes`` and no other.
+def admit(state: Any, nodes: Mapping[str, bytes]) -> dict[str, int]:
+    """Make Flower's register of nodes hold ``nodes`` and no other; the number of each.
 
     A node keeps its number while its key stays the same, so that runs go on after a restart of the server.
     """
@@ -119,6 +123,7 @@ def admit(state: Any, nodes: Mapping[str, bytes]) -> None:
                 heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
                 name=name,
             )
+    return {name: int(state.get_node_id_by_public_key(key)) for name, key in nodes.items()}
 
 
 def _superlink(files: ServerFiles, admin_port: int) -> Any:
@@ -208,3 +213,5 @@ def _quiet(home: Path) -> None:
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["FLWR_HOME"] = str(home / "flwr")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    # SuperLink starts programs of its own by name: they lie beside this interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -72,7 +72,7 @@ def check_server(line: Line) -> dt.datetime:
         raise FederationError(f"{where}: speaks no TLS ({error.reason}). Nothing is sent unprotected") from None
     except OSError as error:
         raise FederationError(
-            f"{where}: can't be reached ({error.strerror or error}). Is the server up, and may this machine connect there?"
+            f"{where}: can't be reached ({error.strerror or error}). Is the server up, and may this machine connect?"
         ) from None
     return dt.datetime.fromtimestamp(ssl.cert_time_to_seconds(str(shown["notAfter"])), dt.UTC)
 

@@ -11,7 +11,7 @@ import pytest
 from medray.config.federation_files import read_site
 from medray.errors import ConfigError, FederationError
 from medray.privacy.credentials import node_of
-from medray.workflows.provisioning import Provisioned, provision
+from medray.workflows.federation.provisioning import Provisioned, provision
 
 INVITATION = """
 name: hearts

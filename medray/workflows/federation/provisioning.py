@@ -62,9 +62,8 @@ def provision(path: Path, *, out: Path | None = None, renew: Collection[str] = (
     asked, now = read_invitation(path), dt.datetime.now(dt.UTC)
     unknown = sorted(set(renew) - {site.name for site in asked.sites} - {SERVER})
     if unknown:
-        raise FederationError(
-            f"--renew {', '.join(unknown)}: not in {path}; there are {', '.join(s.name for s in asked.sites)} and {SERVER}"
-        )
+        there = ", ".join(site.name for site in asked.sites)
+        raise FederationError(f"--renew {', '.join(unknown)}: not in {path}; there are {there} and {SERVER}")
     directory = out or Path("federations") / asked.name
     authority = _authority(directory / "authority", asked.name, now)
     renewed = _server(directory / "server", asked, authority, now, renew=SERVER in renew)
@@ -135,7 +134,7 @@ def _kit(asked: Invitation, site: InvitedSite, authority: Identity, node: Identi
     }
     files = {"ca.crt": authority.certificate, "node.key": node.key, "node.crt": node.certificate}
     for name in ("site.yaml", "README.md", "medray-site.service"):
-        text = (resources.files("medray.workflows") / "kit" / name).read_text(encoding="utf-8")
+        text = (resources.files("medray.workflows.federation") / "kit" / name).read_text(encoding="utf-8")
         for word, value in fill.items():
             text = text.replace(f"<<{word}>>", value)
         files[name] = text.encode()
