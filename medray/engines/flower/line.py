@@ -136,7 +136,13 @@ def attend(
 @contextlib.contextmanager
 def _connection(line: Line) -> Iterator[Any]:
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.supernode.fleet_http_connection import http_request_response
+    from flwr.supernode import fleet_http_connection as flower
+
+    def refused(_: int, message: str = "", *__: Any, **___: Any) -> None:
+        raise FederationError(
+            f"{line.host}:{line.port}: refuses this site's key. It has expired, was replaced or taken out: ask the "
+            f"organiser for a new start-up kit. ({message.splitlines()[-1] if message else 'no reason given'})"
+        )
 
     try:
         private: Any = load_ssh_private_key(line.key.read_bytes(), None)
@@ -145,15 +151,14 @@ def _connection(line: Line) -> Iterator[Any]:
     except Exception:
         raise FederationError(f"{line.key}: no OpenSSH private key. Take node.key from the start-up kit") from None
     address = f"[{line.host}]:{line.port}" if ":" in line.host else f"{line.host}:{line.port}"
+    # Flower ends the whole process where a server doesn't take a node; here that is an error like any other.
+    before, flower.flwr_exit = flower.flwr_exit, refused
     try:
-        with http_request_response(address, False, line.ca.read_bytes(), (private, private.public_key())) as callbacks:
+        keys = (private, private.public_key())
+        with flower.http_request_response(address, False, line.ca.read_bytes(), keys) as callbacks:
             yield callbacks
-    except SystemExit:
-        # Flower ends the process where the server doesn't take a node.
-        raise FederationError(
-            f"{line.host}:{line.port}: refuses this site's key. It has expired, was replaced or taken out: ask the "
-            "organiser for a new start-up kit"
-        ) from None
+    finally:
+        flower.flwr_exit = before
 
 
 def _fetch(message: Any, tree: Any, *, node: int, pull: Any, confirm: Any) -> Message:
