@@ -80,6 +80,33 @@ def learning_curves(
     return svg(shape)
 
 
+def site_curves(curves: Mapping[str, Sequence[tuple[float, float]]], metric: str) -> str:
+    """A metric at each site over rounds."""
+    shape, axes = figure(7.0, 3.6)
+    for number, (name, points) in enumerate(curves.items()):
+        if points:
+            x, y = zip(*points, strict=True)
+            colour, marker = COLOURS[number % len(COLOURS)], "." if len(points) < 40 else ""
+            axes.plot(x, y, color=colour, linewidth=1.5, marker=marker, markersize=4, label=plain(name))
+    axes.set_xlabel("rounds", fontsize=9)
+    axes.set_ylabel(plain(metric), fontsize=9)
+    if 0 < sum(bool(points) for points in curves.values()) <= 12:
+        axes.legend(fontsize=8, frameon=False)
+    return svg(shape)
+
+
+def round_bytes(numbers: Sequence[int], down: Sequence[int], up: Sequence[int]) -> str:
+    """What went over the wire, round by round, in MB."""
+    shape, axes = figure(7.0, 2.2)
+    for name, values, colour in (("to the sites", down, COLOURS[0]), ("to the server", up, COLOURS[1])):
+        axes.plot(numbers, [value / 1e6 for value in values], color=colour, linewidth=1.5, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rounds", fontsize=9)
+    axes.set_ylabel("MB", fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    return svg(shape)
+
+
 def _readable_limits(axes: Axes, values: Sequence[float], direction: Literal["max", "min"]) -> None:
     """Leave out the first steps of training, which would press everything else into a line; never the best ones."""
     finite = np.asarray([v for v in values if np.isfinite(v)])

@@ -20,21 +20,26 @@ def write_report(data: ReportData, path: Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The page. Everything that comes from the data is escaped; there are no scripts and nothing is loaded."""
+    template = environment().get_template("report.html.j2")
+    return template.render(data=data, plots=_plots(data), png=plots.png, trials=_by_value(data), zip=zip)
+
+
+def environment() -> Any:
+    """Of all pages' templates; whatever comes from the data is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=PackageLoader("medray.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
-    environment.filters["interval"] = interval
-    environment.filters["duration"] = duration
-    environment.filters["value"] = value
-    template = environment.get_template("report.html.j2")
-    return template.render(data=data, plots=_plots(data), png=plots.png, trials=_by_value(data), zip=zip)
+    found.filters["figure"] = figure
+    found.filters["interval"] = interval
+    found.filters["duration"] = duration
+    found.filters["value"] = value
+    return found
 
 
 def _by_value(data: ReportData) -> list[TrialRow]:

@@ -27,6 +27,7 @@ from medray.models import checkpointing
 from medray.models.catalogue import lookup
 from medray.train import checkpoint, memory
 from medray.train.adapt import AdaptiveStrength
+from medray.train.leg import Leg
 from medray.train.meter import Meter
 from medray.train.pace import Pace
 from medray.train.precision import lay_out, resolve_device, resolve_precision
@@ -73,6 +74,7 @@ def fit(
     on_validation: Callable[[Progress], bool] | None = None,
     deadline: float | None = None,
     resume: bool = True,
+    leg: Leg | None = None,
 ) -> FitResult:
     """Train ``model`` as ``experiment`` says.
 
@@ -97,6 +99,8 @@ def fit(
         deadline: on time.monotonic()'s clock; a guard on top of the budget, which a run ends before, with a last
             validation.
         resume: go on from a checkpoint in ``run_dir``; else begin anew.
+        leg: where this is but a part of a longer training: the schedule spans all parts, and random draws differ from
+            part to part.
 
     Raises:
         NonFiniteLossError: the loss or gradient became NaN or infinite.
@@ -119,6 +123,7 @@ def fit(
             tracker,
             on_validation,
             deadline,
+            leg or Leg(0, 1),
         )
         return run.train(resume)
 
@@ -139,8 +144,10 @@ class _Run:
         tracker: Tracker | None,
         on_validation: Callable[[Progress], bool] | None,
         deadline: float | None,
+        leg: Leg,
     ) -> None:
         train = experiment.train
+        self.leg = leg
         self.experiment, self.model, self.runtime = experiment, model, runtime
         self.validate, self.objective, self.on_validation = validate, objective, on_validation
         self.tracker, self.deadline = tracker, deadline
@@ -152,7 +159,7 @@ class _Run:
         precision = resolve_precision(train.precision, runtime.device)
         channels_last = lay_out(model, runtime.device, precision)
         # Random draws within the network (dropout) differ from process to process, and are the same from run to run.
-        seed_everything(experiment.seed + runtime.lane)
+        seed_everything(experiment.seed + runtime.lane + 7919 * leg.number)
         wrapped, self.optimizer, batches = runtime.prepare(
             model, lambda module: build_optimizer(module, experiment.optim), train_loader
         )
@@ -271,7 +278,8 @@ class _Run:
             yield batch
 
     def _learn(self, batch: Mapping[str, Tensor]) -> None:
-        factor = self.schedule.factor(self.step, self.pace.total)
+        before = self.leg.number * self.pace.total
+        factor = self.schedule.factor(before + self.step, self.leg.of * self.pace.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.experiment.optim.lr * factor
         value = self.stepper(batch, place=self._place)

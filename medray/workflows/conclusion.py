@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,12 @@ import numpy as np
 import torch
 
 from medray import __version__
-from medray.bundle.spec import INTENDED_USE, InferenceSpec
-from medray.bundle.write import write_bundle
+from medray.bundle.spec import INTENDED_USE
 from medray.config.schema import StudyConfig
 from medray.data.image import Image
-from medray.errors import BundleError
 from medray.learn.corrupt import CORRUPTIONS, Corruption, corrupt
 from medray.learn.intervals import Interval as Estimate
 from medray.learn.intervals import bootstrap
-from medray.predict.postprocess import fit_thresholds
-from medray.predict.predictor import probabilities
 from medray.report.data import (
     CandidateRow,
     Gain,
@@ -44,6 +39,7 @@ from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.clock import Clock
 from medray.workflows.judging import Direction, spread
+from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
@@ -198,50 +194,16 @@ def _write_bundle(
     validation: Scores,
     metrics: Mapping[str, Estimate],
 ) -> float:
-    recipe, lead = asked.recipe, champion.lead.experiment
-    manifest = recipe.manifest
-    thresholds = None
-    if manifest.task == "multilabel":
-        assert validation.logits is not None and validation.targets is not None
-        thresholds = fit_thresholds(probabilities(validation.logits, "multilabel", temperature), validation.targets)
-    began = time.monotonic()
-    write = partial(
-        write_bundle,
+    return write_champion(
         asked.directory / "bundle",
-        kind=manifest.task,
-        ndim=manifest.ndim,
-        channels=manifest.channels,
-        classes=manifest.classes,
-        modality=manifest.modality,
+        asked.recipe,
+        champion,
+        validation,
         name=asked.study.name,
-        preprocess=lead.preprocess,
-        inference=InferenceSpec(
-            patch_size=lead.train.patch_size if manifest.task == "segmentation" else None,
-            divisor=choosing.divisor_of(champion, manifest.ndim),
-            overlap=lead.inference.overlap,
-            batch_size=max(1, min(4, lead.train.batch_size)),
-            flip_axes=lead.augment.flip_axes if lead.inference.tta else (),
-            keep_largest=lead.inference.keep_largest,
-        ),
-        models=[member.model for member in champion.members],
-        configs=[member.experiment.model for member in champion.members],
         temperature=temperature,
-        thresholds=thresholds,
-        experiment=lead,
-        fingerprint=recipe.fingerprint,
-        metrics={
-            f"{name}{suffix}": None if not np.isfinite(value) else float(value)
-            for name, found in metrics.items()
-            for suffix, value in (("", found.value), ("_low", found.low), ("_high", found.high))
-        },
+        metrics=metrics,
+        notes=[f"Trained by: {asked.command}", f"Champion: {champion.name}"],
     )
-    notes = [f"Trained by: {asked.command}", f"Champion: {champion.name}"]
-    try:
-        write(notes=notes)
-    except BundleError as error:
-        # A model without ONNX can still be used by torch; a study that ends with nothing could not.
-        write(notes=[*notes, f"No ONNX file: {error}"], onnx=False)
-    return time.monotonic() - began
 
 
 def _robustness(

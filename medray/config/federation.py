@@ -1,0 +1,71 @@
+"""``federation:`` of an Experiment: how hospitals train one model together, and how a simulation deals cases out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
+
+Strategy = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedbn", "median", "trimmed_mean", "krum"]
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class PartitionConfig(Section):
+    """How a simulation deals the cases out to sites; patients stay whole."""
+
+    by: Literal["site", "dirichlet", "quantity"] = Field(
+        "site",
+        description="site: the data's own (phantoms' sites have scanners of their own); dirichlet: classes by lot, "
+        "unevenly; quantity: numbers of patients by lot, unevenly",
+    )
+    sites: int = Field(4, ge=2, le=1000, description="number of sites; by=site has as many as the data name")
+    alpha: Positive = Field(0.5, description="of the Dirichlet distribution: small is uneven")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class FederationConfig(Section):
+    """Rounds of local training and aggregation. Read by ``medray federate``; other verbs leave it alone."""
+
+    strategy: Strategy = Field(
+        "fedavg",
+        description="fedavg: mean by training cases; fedprox: with a pull to the global weights at the sites; fedadam, "
+        "fedyogi, fedadagrad: an adaptive step at the server; fedbn: norm layers stay at the site; median, "
+        "trimmed_mean, krum: robust against bad updates, whatever the sites' sizes",
+    )
+    rounds: int = Field(20, ge=1, le=100_000)
+    local_epochs: int = Field(1, ge=1, le=10_000, description="passes of a site over its training cases in one round")
+    local_steps: int | None = Field(None, ge=1, description="optimiser steps of a site in one round, instead")
+    fraction: Fraction = Field(1.0, gt=0.0, description="share of the sites asked in a round; at least quorum")
+    quorum: int = Field(2, ge=1, le=1000, description="good updates that a round needs")
+    deadline: Duration = Field(3600.0, description="how long a site may take for a round; later is late")
+    attempts: int = Field(3, ge=1, le=1000, description="times that the missing are asked in a round, for the quorum")
+    proximal_mu: NonNegative = Field(0.01, description="fedprox: strength of the pull")
+    server_lr: Positive = Field(0.01, description="fedadam, fedyogi, fedadagrad: step of the server")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="fedadam, fedyogi: memory of the mean")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="fedadam, fedyogi: memory of the squares")
+    tau: Positive = Field(1e-3, description="fedadam, fedyogi, fedadagrad: how adaptive; large is less")
+    trim: float = Field(0.2, ge=0.0, lt=0.5, description="trimmed_mean: share left out at either end")
+    byzantine: int = Field(1, ge=0, le=500, description="krum: how many sites may be bad")
+    local: tuple[Pattern, ...] = Field(
+        (), description="weights that stay at the site, by name or wildcard, such as head.*"
+    )
+    outlier: float = Field(
+        20.0, gt=1.0, allow_inf_nan=False, description="an update longer than this many usual ones is quarantined"
+    )
+    max_norm: Positive | None = Field(None, description="an update longer than this is quarantined; null: no limit")
+    compression: Literal["none", "int8", "topk"] = Field(
+        "none", description="of updates on their way to the server; what is lost is sent with the next one"
+    )
+    top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
+    partition: PartitionConfig = PartitionConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> FederationConfig:
+        if self.strategy == "krum" and self.quorum < self.byzantine + 3:
+            raise ValueError(
+                f"federation.strategy=krum with byzantine={self.byzantine} needs a quorum of at least "
+                f"{self.byzantine + 3} (n - f - 2 >= 1 neighbours); it is {self.quorum}"
+            )
+        return self

@@ -1,0 +1,390 @@
+"""The end of a simulated federation: what it came to, against each site alone and all data together.
+
+Everything is measured on the sites' test cases, which were used for no choice; where there are none, on validation
+cases, and called optimistic.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medray.bundle.spec import INTENDED_USE
+from medray.config.schema import Experiment
+from medray.learn.intervals import Interval
+from medray.report.data import Interval as Shown
+from medray.report.federation import ComparisonRow, FederationReport, RoundRow, SiteRow, write_federation_report
+from medray.train import checkpoint
+from medray.workflows import champion as choosing
+from medray.workflows.champion import Candidate, Scores
+from medray.workflows.federation.rounds import Federated
+from medray.workflows.federation.shared import put
+from medray.workflows.federation.site import SiteFolder
+from medray.workflows.judging import OBJECTIVE
+from medray.workflows.packing import write_champion
+from medray.workflows.planning import dump
+from medray.workflows.recipe import Recipe
+from medray.workflows.training import Network, new_model, train_model
+
+__all__ = ["Concluded", "Ended", "conclude"]
+
+FEDERATED, POOLED, LOCAL = "federated", "pooled", "each site alone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A federation whose rounds are over."""
+
+    directory: Path
+    recipe: Recipe
+    experiment: Experiment
+    folders: tuple[SiteFolder, ...]
+    federated: Federated
+    command: str
+    started: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concluded:
+    """What came of it.
+
+    Attributes:
+        metrics: of the federated model on all sites' test cases.
+        comparison: the other ways to train, and the federated model minus each.
+        bundles: one, or one a site where weights stay at the sites.
+    """
+
+    headline: str
+    metric: str
+    metrics: dict[str, Interval]
+    comparison: dict[str, tuple[Interval, Interval]]
+    report: Path
+    bundles: tuple[Path, ...]
+
+
+def conclude(ended: Ended, *, compare: bool, stage: Callable[[str], None]) -> Concluded:
+    """Compare, measure, write ``bundle/``, ``report.html`` and ``outcome.json``.
+
+    Args:
+        ended: the rounds' result.
+        compare: train the comparisons too.
+        stage: told what is going on.
+    """
+    recipe, experiment = ended.recipe, ended.experiment
+    metric = OBJECTIVE[recipe.manifest.task][0].removeprefix("val/")
+    own = _site_models(ended)
+    alone, pooled = _others(ended, stage) if compare else ({}, None)
+    splits = recipe.splits(experiment)
+    stage("measuring")
+    candidates = {f"{FEDERATED}: {name}": network for name, network in own.items()}
+    candidates |= {f"alone: {name}": network for name, network in alone.items()}
+    if pooled is not None:
+        candidates[POOLED] = pooled
+    listed = [Candidate(name=name, members=(network,)) for name, network in candidates.items()]
+    cases = splits.test or splits.val
+    scores = choosing.score(recipe, listed, cases, metric=metric)
+    homes = [str(recipe.manifest.cases[index].site) for index in cases]
+    federated = _by_home(scores, homes, f"{FEDERATED}: ")
+    rivals: dict[str, Scores] = {}
+    if alone:
+        rivals[LOCAL] = _by_home(scores, homes, "alone: ")
+    if pooled is not None:
+        rivals[POOLED] = scores[POOLED]
+    metrics = federated.intervals()
+    comparison = {name: (found.interval(), choosing.difference(federated, found)) for name, found in rivals.items()}
+    where = "test" if splits.test else "validation (optimistic: these cases chose the round)"
+    headline = _headline(ended, metric, metrics[metric], comparison, len(cases), where)
+    stage("writing the bundle")
+    bundles = _bundles(ended, own, metric, metrics, splits.val)
+    report = ended.directory / "report.html"
+    write_federation_report(
+        _report(ended, headline, metric, metrics, federated, rivals, comparison, scores, homes, where), report
+    )
+    result = Concluded(
+        headline=headline, metric=metric, metrics=metrics, comparison=comparison, report=report, bundles=bundles
+    )
+    _save(result, ended)
+    return result
+
+
+# -- the models
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _site_models(ended: Ended) -> dict[str, Network]:
+    """The federated model as each site has it: with its own weights where some stay there, else one for all."""
+    found: dict[str, Network] = {}
+    one: Network | None = None
+    for folder in ended.folders:
+        model = new_model(ended.experiment, ended.recipe.manifest)
+        personal = set(model.state_dict()) - set(ended.federated.weights)
+        private = any(model.state_dict()[name].is_floating_point() for name in personal)
+        if one is not None and not private:
+            found[folder.name] = one
+            continue
+        kept = [checkpoint.load(Path(folder.directory) / f"state-{half}.pt") for half in (0, 1)]
+        newest: Any = max((s for s in kept if s is not None), key=lambda s: int(s["round"]), default={})
+        if private:
+            model.load_state_dict(newest.get("own", {}), strict=False)
+        put(model, dict(ended.federated.weights))
+        found[folder.name] = one = Network(model=model.eval(), experiment=ended.experiment)
+    return found
+
+
+def _others(ended: Ended, stage: Callable[[str], None]) -> tuple[dict[str, Network], Network]:
+    """Each site by itself, and all data together, for as many passes as the federation made."""
+    experiment, recipe = ended.experiment, ended.recipe
+    alone: dict[str, Network] = {}
+    for folder in ended.folders:
+        stage(f"comparing: {folder.name} alone")
+        own = Recipe(directory=folder.directory, explicit=recipe.explicit, cache=folder.cache, machine=recipe.machine)
+        count = len(own.splits(experiment).train)
+        alone[folder.name] = train_model(own, _as_long(experiment, count), Path(folder.directory) / "alone")
+    stage("comparing: all data together")
+    count = len(recipe.splits(experiment).train)
+    return alone, train_model(recipe, _as_long(experiment, count), ended.directory / POOLED)
+
+
+def _as_long(experiment: Experiment, cases: int) -> Experiment:
+    federation, train = experiment.federation, experiment.train
+    epochs = federation.rounds * federation.local_epochs
+    if federation.local_steps is not None:
+        steps = math.ceil(cases * train.samples_per_case / train.batch_size)
+        epochs = math.ceil(federation.rounds * federation.local_steps / steps)
+    length: dict[str, Any] = {"epochs": max(1, epochs), "budget": None, "workers": 1, "min_workers": None}
+    return experiment.model_copy(update={"train": train.model_copy(update=length)})
+
+
+# -- figures
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def _by_home(scores: dict[str, Scores], homes: Sequence[str], prefix: str) -> Scores:
+    """Each case judged by its own site's model."""
+    first = scores[prefix + homes[0]]
+    rows = list(enumerate(homes))
+    if first.kind == "segmentation":
+        dice = [scores[prefix + home].dice for home in homes]
+        return replace(first, dice=np.stack([table[row] for (row, _), table in zip(rows, dice, strict=True)]))  # type: ignore[index]
+    logits = [scores[prefix + home].logits for home in homes]
+    return replace(first, logits=np.stack([table[row] for (row, _), table in zip(rows, logits, strict=True)]))  # type: ignore[index]
+
+
+def _part(scores: Scores, rows: Sequence[int]) -> Scores:
+    """Some of the cases."""
+    chosen = np.asarray(rows)
+    changes: dict[str, Any] = {"indices": tuple(scores.indices[r] for r in rows), "groups": scores.groups[chosen]}
+    if scores.kind == "segmentation":
+        assert scores.dice is not None
+        return replace(scores, dice=scores.dice[chosen], **changes)
+    assert scores.logits is not None and scores.targets is not None
+    return replace(scores, logits=scores.logits[chosen], targets=scores.targets[chosen], **changes)
+
+
+def _headline(
+    ended: Ended,
+    metric: str,
+    found: Interval,
+    comparison: dict[str, tuple[Interval, Interval]],
+    cases: int,
+    where: str,
+) -> str:
+    name, sites = ended.experiment.federation.strategy, len(ended.folders)
+    text = f"{name} over {sites} sites: {metric} {_interval(found)} on {cases} {where} cases"
+    for rival, (_, difference) in comparison.items():
+        text += f"; {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}) over {rival}"
+    return text
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.value:.3f} (95 % CI {found.low:.3f} to {found.high:.3f})"
+
+
+def _bundles(
+    ended: Ended, own: dict[str, Network], metric: str, metrics: dict[str, Interval], val: Sequence[int]
+) -> tuple[Path, ...]:
+    recipe, federation = ended.recipe, ended.experiment.federation
+    networks = list(own.values())
+    personal = len({id(network) for network in networks}) > 1
+    note = f"Trained by {federation.strategy} over {len(own)} sites in {ended.federated.best_round} rounds"
+    written = []
+    for folder, network in zip(ended.folders, networks, strict=True):
+        candidate = Candidate(name=FEDERATED, members=(network,))
+        mine = [i for i in val if not personal or recipe.manifest.cases[i].site == folder.name] or list(val)
+        validation = choosing.score(recipe, [candidate], mine, metric=metric)[FEDERATED]
+        directory = ended.directory / "bundle" if not personal else Path(folder.directory) / "bundle"
+        write_champion(
+            directory,
+            recipe,
+            candidate,
+            validation,
+            name=f"{ended.directory.absolute().name}{f'-{folder.name}' if personal else ''}",
+            temperature=choosing.temperature_of(validation),
+            metrics=metrics,
+            notes=[note, *([f"Some weights are of {folder.name} alone; they fit no other site"] if personal else [])],
+        )
+        written.append(directory)
+        if not personal:
+            break
+    return tuple(written)
+
+
+# -- the report
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _shown(found: Interval) -> Shown:
+    return Shown(value=found.value, low=found.low, high=found.high)
+
+
+def _report(
+    ended: Ended,
+    headline: str,
+    metric: str,
+    metrics: dict[str, Interval],
+    federated: Scores,
+    rivals: dict[str, Scores],
+    comparison: dict[str, tuple[Interval, Interval]],
+    scores: dict[str, Scores],
+    homes: Sequence[str],
+    where: str,
+) -> FederationReport:
+    names = [folder.name for folder in ended.folders]
+    rows_of = {name: [row for row, home in enumerate(homes) if home == name] for name in names}
+    sites = []
+    for name in names:
+        manifest = [case for case in ended.recipe.manifest.cases if case.site == name]
+        counts = {side: sum(case.split == side for case in manifest) for side in ("train", "val", "test")}
+        rows = rows_of[name]
+        sites.append(
+            SiteRow(
+                site=name,
+                train=counts["train"],
+                validation=counts["val"],
+                test=counts["test"],
+                score=_shown(_part(federated, rows).interval()) if rows else Shown(value=math.nan),
+                rivals={rival: _shown(_part(s, rows).interval()) for rival, s in rivals.items()} if rows else {},
+            )
+        )
+    models = {FEDERATED: federated, **({POOLED: rivals[POOLED]} if POOLED in rivals else {})}
+    models |= {f"{name} alone": scores[f"alone: {name}"] for name in names if f"alone: {name}" in scores}
+    matrix = {
+        model: tuple(_part(found, rows_of[name]).value if rows_of[name] else math.nan for name in names)
+        for model, found in models.items()
+    }
+    history = ended.federated.history
+    return FederationReport(
+        name=ended.directory.absolute().name,
+        headline=headline,
+        intended_use=INTENDED_USE,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        metric=metric,
+        measured_on=where,
+        metrics={name: _shown(found) for name, found in metrics.items()},
+        comparison=(
+            ComparisonRow(name=FEDERATED, score=_shown(metrics[metric]), difference=None),
+            *(
+                ComparisonRow(name=name, score=_shown(score), difference=_shown(difference))
+                for name, (score, difference) in comparison.items()
+            ),
+        ),
+        sites=tuple(sites),
+        matrix=matrix,
+        curves=_curves(names, history, f"val/{metric}"),
+        rounds=tuple(_round_row(entry) for entry in history),
+        best_round=ended.federated.best_round,
+        settings=_settings(ended),
+        protection="The updates of this federation left the sites as they were: no differential privacy and no secure "
+        "aggregation. Whoever sees them may learn about the cases that they were made from.",
+        reproduce={"Command": ended.command, "experiment.yaml": dump(ended.experiment)},
+    )
+
+
+def _curves(
+    names: Sequence[str], history: Sequence[dict[str, Any]], key: str
+) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Of each site, the metric of the global weights on its validation cases, over rounds that they have seen."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for entry in history:
+        for name, row in entry["sites"].items():
+            value = (row.get("metrics") or {}).get(key)
+            if value is not None and row["state"] == "ok":
+                found[name].append((float(entry["round"] - 1), float(value)))
+        for name, metrics in (entry.get("last") or {}).get("sites", {}).items():
+            if key in metrics:
+                found[name].append((float(entry["round"]), float(metrics[key])))
+    return {name: tuple(points) for name, points in found.items()}
+
+
+def _round_row(entry: dict[str, Any]) -> RoundRow:
+    def named(state: str) -> tuple[str, ...]:
+        return tuple(
+            name if not row.get("reason") else f"{name}: {row['reason']}"
+            for name, row in entry["sites"].items()
+            if row["state"] == state
+        )
+
+    return RoundRow(
+        number=int(entry["round"]),
+        ok=len(named("ok")),
+        late=named("late"),
+        failed=named("failed"),
+        quarantined=named("quarantined"),
+        attempts=int(entry["attempts"]),
+        seconds=float(entry["seconds"]),
+        down=int(entry["down"]),
+        up=int(entry["up"]),
+    )
+
+
+def _settings(ended: Ended) -> dict[str, str]:
+    federation, shared = ended.experiment.federation, ended.federated.weights
+    local = (
+        f"{federation.local_epochs} epoch(s)" if federation.local_steps is None else f"{federation.local_steps} steps"
+    )
+    found = {
+        "Strategy": federation.strategy,
+        "Network": f"{ended.experiment.model.name}, {sum(v.size for v in shared.values()):,} shared weights",
+        "Rounds": f"{federation.rounds} of {local} at each site; best after {ended.federated.best_round}",
+        "Quorum, deadline": f"{federation.quorum} updates, {federation.deadline:g} s",
+        "Compression": federation.compression,
+        "Sites from": federation.partition.by,
+        "Wall clock": f"{time.monotonic() - ended.started:.0f} s",
+        "Machine": ended.recipe.machine.note,
+        "PyTorch": torch.__version__,
+    }
+    if federation.strategy == "fedprox":
+        found["Proximal mu"] = f"{federation.proximal_mu:g}"
+    return found
+
+
+def _save(result: Concluded, ended: Ended) -> None:
+    """``outcome.json``, for programs: null where there is no figure."""
+
+    def figures(found: Interval) -> list[float | None]:
+        return [float(v) if math.isfinite(v) else None for v in found]
+
+    document = {
+        "headline": result.headline,
+        "metric": result.metric,
+        "best_round": ended.federated.best_round,
+        "metrics": {name: figures(found) for name, found in result.metrics.items()},
+        "comparison": {
+            name: {"score": figures(score), "difference": figures(difference)}
+            for name, (score, difference) in result.comparison.items()
+        },
+        "bundles": [str(path) for path in result.bundles],
+        "bytes": {way: sum(int(entry[way]) for entry in ended.federated.history) for way in ("down", "up")},
+    }
+    partial = ended.directory / "outcome.json.part"
+    partial.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+    partial.replace(ended.directory / "outcome.json")

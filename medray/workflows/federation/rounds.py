@@ -1,0 +1,371 @@
+"""The server's rounds: ask the sites, check what they send, aggregate, write down, go on.
+
+Every round is written before the next begins: a server that dies goes on at the round it lost. ``federation.json``
+names the newest weights; both appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from medray.config.schema import Experiment
+from medray.engines.flower.parcel import Hub, Parcel
+from medray.errors import FederationError
+from medray.learn.aggregation.aggregator import Aggregator
+from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
+from medray.learn.aggregation.compression import decompress
+from medray.learn.aggregation.mean import Weights
+
+__all__ = ["Federated", "Rounds"]
+
+State = Literal["ok", "late", "failed", "quarantined"]
+RECORD = "federation.json"
+REMEMBERED = 5
+"""Rounds whose norms say what is usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """What the rounds came to.
+
+    Attributes:
+        weights: shared weights of the best round.
+        best_round: rounds that these have seen.
+        metrics: of them, mean over the sites by validation cases; empty where no site has any.
+        history: one entry a round, as in ``federation.json``.
+    """
+
+    weights: Weights
+    best_round: int
+    metrics: dict[str, float]
+    history: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class _Round:
+    """One round while it goes on."""
+
+    updates: dict[str, Weights] = field(default_factory=dict)
+    answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attempts: int = 0
+
+
+class Rounds:
+    """A federation, on the server.
+
+    Args:
+        hub: the way to the sites.
+        directory: of the run.
+        experiment: the same for all sites.
+        weights: shared weights before the first round.
+        statistics: names of those that no gradient moves.
+        objective: the metric that chooses the best round, and its direction.
+        latest: the last round counts as the best: weights that stay at the sites are those of the last.
+        tell: hears of each round: its number from 1, and its entry in the history.
+        note: hears of what a person should know.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        directory: Path,
+        experiment: Experiment,
+        weights: Weights,
+        statistics: frozenset[str],
+        *,
+        objective: tuple[str, Literal["max", "min"]],
+        latest: bool = False,
+        tell: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.hub, self.directory, self.experiment = hub, directory, experiment
+        self.config = experiment.federation
+        self.objective, self.tell, self.note, self._latest = objective, tell, note, latest
+        self.weights = weights
+        self.aggregator = Aggregator(self.config, statistics)
+        self.round = 0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
+        self.best_weights = weights
+        self._document = experiment.model_dump(mode="json")
+
+    def run(self, sites: tuple[str, ...]) -> Federated:
+        """All rounds that are left, then a last look at the result.
+
+        Args:
+            sites: who takes part.
+
+        Raises:
+            FederationError: the quorum wasn't reached, however often the missing were asked; the files in the folder
+                are damaged or of another experiment.
+        """
+        if len(sites) < self.config.quorum:
+            raise FederationError(
+                f"{len(sites)} site(s) ({', '.join(sites)}) can't give the {self.config.quorum} updates that "
+                "federation.quorum asks for. Lower it, or add sites"
+            )
+        self._resume()
+        while self.round < self.config.rounds:
+            self._one(sites)
+        if not self.history or self.history[-1].get("last") is None:
+            self._last_look(sites)
+        return Federated(
+            weights=self.best_weights,
+            best_round=int(self.best["round"]),
+            metrics=dict(self.best["metrics"]),
+            history=tuple(self.history),
+        )
+
+    # -- one round
+    # -------------------------------------------------------------------------------------------------------
+
+    def _one(self, sites: tuple[str, ...]) -> None:
+        began = time.monotonic()
+        asked = self._lot(sites)
+        now = _Round()
+        while True:
+            now.attempts += 1
+            self._ask(now, tuple(name for name in asked if name not in now.updates))
+            if len(now.updates) >= min(self.config.quorum, len(asked)):
+                break
+            missing = self._missing(now, asked)
+            if now.attempts >= self.config.attempts:
+                raise FederationError(
+                    f"round {self.round + 1}: {len(now.updates)} of the {self.config.quorum} good updates that "
+                    f"federation.quorum asks for, after {now.attempts} attempts. {missing}. The rounds before are "
+                    "kept: go on with --resume once the sites are well"
+                )
+            self.note(f"round {self.round + 1}: waiting for the quorum of {self.config.quorum}. {missing}")
+        self._observe({name: answer for name, answer in now.answers.items() if name in now.updates})
+        names = sorted(now.updates)
+        counts = [max(1.0, float(now.answers[name].get("cases", 1))) for name in names]
+        stepped = self.aggregator(self.weights, [now.updates[name] for name in names], counts)
+        broken = fault(stepped, self.weights)
+        if broken is not None:
+            raise FederationError(
+                f"round {self.round + 1}: the aggregate is unusable: {broken}. Lower federation.server_lr"
+            )
+        mean_metrics = _mean_metrics({name: now.answers[name] for name in names})
+        self.weights = stepped
+        self.round += 1
+        entry = {
+            "round": self.round,
+            "sites": now.sites,
+            "metrics_before": mean_metrics,
+            "attempts": now.attempts,
+            "seconds": time.monotonic() - began,
+            "down": sum(int(row.get("down", 0)) for row in now.sites.values()),
+            "up": sum(int(row.get("up", 0)) for row in now.sites.values()),
+        }
+        self.history.append(entry)
+        self._save()
+        self.tell(self.round, entry)
+
+    def _lot(self, sites: tuple[str, ...]) -> tuple[str, ...]:
+        """Who is asked this round: all, or a share drawn from the seed and the round."""
+        count = max(min(self.config.quorum, len(sites)), round(self.config.fraction * len(sites)))
+        if count >= len(sites):
+            return sites
+        rng = np.random.default_rng((self.experiment.seed, self.round))
+        return tuple(sites[k] for k in sorted(rng.choice(len(sites), count, replace=False)))
+
+    def _ask(self, now: _Round, missing: tuple[str, ...]) -> None:
+        parcel = self._parcel()
+        down = sum(value.nbytes for value in self.weights.values())
+        began = time.monotonic()
+        present = set(self.hub.sites())
+        answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)
+        waited = time.monotonic() - began
+        arrived: dict[str, Weights] = {}
+        for name in missing:
+            row: dict[str, Any] = {"down": down + int(now.sites.get(name, {}).get("down", 0)), "up": 0}
+            now.sites[name] = row
+            answer = answers.get(name)
+            if answer is None:
+                why = (
+                    f"no answer within {min(waited, self.config.deadline):.3g} s"
+                    if name in present
+                    else "not connected"
+                )
+                row |= {"state": "late", "reason": why, "down": row["down"] if name in present else 0}
+                continue
+            row["up"] = answer.size
+            if answer.error is not None:
+                row |= {"state": "failed", "reason": answer.error}
+                continue
+            update, reason = self._open(answer)
+            if update is None:
+                row |= {"state": "quarantined", "reason": reason}
+                continue
+            now.answers[name] = answer.text
+            row |= {key: answer.text.get(key) for key in ("cases", "steps", "loss", "seconds", "metrics", "judged")}
+            row["norm"] = norm(update)
+            arrived[name] = update
+        self._measure(now, arrived)
+
+    def _open(self, answer: Parcel) -> tuple[Weights | None, str | None]:
+        """The update in an answer, or why there is none to be had."""
+        try:
+            update = decompress(answer.arrays, self.weights, self.config.compression)
+        except FederationError as error:
+            return None, str(error)
+        reason = fault(update, self.weights) or _odd(answer.text)
+        return (update, None) if reason is None else (None, reason)
+
+    def _measure(self, now: _Round, arrived: dict[str, Weights]) -> None:
+        """Accept what isn't too long, by the norms of this round and the last ones."""
+        before = [
+            float(row["norm"])
+            for entry in self.history[-REMEMBERED:]
+            for row in entry["sites"].values()
+            if row.get("state") == "ok"
+        ]
+        here = [float(row["norm"]) for row in now.sites.values() if "norm" in row]
+        usual = usual_norm([*before, *here])
+        for name, update in arrived.items():
+            row = now.sites[name]
+            reason = too_long(row["norm"], usual, outlier=self.config.outlier, most=self.config.max_norm)
+            row |= {"state": "ok", "reason": None} if reason is None else {"state": "quarantined", "reason": reason}
+            if reason is None:
+                now.updates[name] = update
+            else:
+                self.note(f"round {self.round + 1}: the update of {name} is quarantined: {reason}")
+
+    def _missing(self, now: _Round, asked: tuple[str, ...]) -> str:
+        return "Missing: " + "; ".join(
+            f"{name} ({now.sites[name]['state']}: {now.sites[name]['reason']})"
+            for name in asked
+            if name not in now.updates
+        )
+
+    def _parcel(self) -> Parcel:
+        return Parcel(text={"experiment": self._document, "round": self.round}, arrays=self.weights)
+
+    # -- which round is best
+    # ---------------------------------------------------------------------------------------------
+
+    def _observe(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """What the sites say of the weights that they began with: those after ``self.round`` rounds."""
+        metrics = _mean_metrics(answers)
+        name, direction = self.objective
+        value, best = metrics.get(name), self.best["value"]
+        better = value is not None and (best is None or (value > best if direction == "max" else value < best))
+        if better or best is None or self._latest:  # without any figure the last weights count
+            self.best = {"round": self.round, "value": value, "metrics": metrics}
+            self.best_weights = self.weights
+
+    def _last_look(self, sites: tuple[str, ...]) -> None:
+        present = set(self.hub.sites())
+        parcel = self._parcel()
+        found = self.hub.ask("evaluate", {n: parcel for n in sites if n in present}, self.config.deadline)
+        answers = {
+            name: answer.text for name, answer in found.items() if answer.error is None and not _odd(answer.text)
+        }
+        self._observe(answers)
+        self.history[-1]["last"] = {
+            "metrics": _mean_metrics(answers),
+            "sites": {name: text["metrics"] for name, text in sorted(answers.items())},
+        }
+        self._save()
+
+    # -- on the disk
+    # -----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        folder = self.directory / "rounds"
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = f"rounds/{self.round:05d}.safetensors"
+        tensors = {f"weights/{name}": value for name, value in self.weights.items()}
+        tensors |= {f"server/{name}": value for name, value in self.aggregator.state().items()}
+        tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
+        _write(self.directory / newest, lambda path: save_file(tensors, str(path)))
+        document = {
+            "version": 1,
+            "experiment": self._document,
+            "round": self.round,
+            "weights": newest,
+            "best": self.best,
+            "history": self.history,
+        }
+        text = json.dumps(document, indent=1)
+        _write(self.directory / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+        for old in folder.glob("*.safetensors"):
+            if old.name != Path(newest).name:
+                old.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        path = self.directory / RECORD
+        if not path.is_file():
+            return
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            tensors = load_file(str(self.directory / document["weights"]))
+            same = Experiment.model_validate(document["experiment"]) == self.experiment
+            self.round, self.best, self.history = int(document["round"]), document["best"], document["history"]
+        except Exception as error:
+            raise FederationError(
+                f"{path}: the rounds written there can't be read ({type(error).__name__}: {error}). Choose another "
+                "folder, or delete this one to begin anew"
+            ) from error
+        if not same:
+            raise FederationError(
+                f"{path}: these rounds are of another experiment. Choose another folder with --out, or give the same "
+                "settings as before"
+            )
+        parts: dict[str, Weights] = {"weights": {}, "server": {}, "best": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        if fault(parts["weights"], self.weights) is not None:
+            raise FederationError(f"{path}: its weights don't fit the experiment's network. Delete the folder")
+        self.weights, self.best_weights = parts["weights"], parts["best"]
+        self.aggregator.load_state(parts["server"])
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that appears whole or not at all, and survives a loss of power."""
+    partial = path.with_name(path.name + ".part")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _odd(text: Mapping[str, Any]) -> str | None:
+    """What is wrong with the figures that come with an update; they are a stranger's."""
+    metrics = text.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
+        return "its metrics are no finite numbers"
+    if not all(text.get(key) is None or _is_number(text[key]) for key in ("loss", "seconds", "steps")):
+        return "its loss, seconds or steps are no finite numbers"
+    for key in ("cases", "judged"):
+        value = text.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000_000:
+            return f"its number of cases ({key}={value!r}) is none"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mean_metrics(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over sites, each counting by its validation cases, of each metric."""
+    sums: dict[str, tuple[float, float]] = {}
+    for _, text in sorted(answers.items()):
+        share = float(text.get("judged") or 0)
+        for name, value in (text.get("metrics") or {}).items():
+            total, weight = sums.get(name, (0.0, 0.0))
+            sums[name] = (total + share * float(value), weight + share)
+    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}

@@ -1,0 +1,301 @@
+"""What a site does when the server asks: say who it is, measure its data, train, judge.
+
+A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
+that are its own, what compression left out. The state of the last two rounds is kept, so that a round can be repeated
+when the server lost its answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from medray.config.schema import Experiment
+from medray.data.cache import PreparedStore
+from medray.data.fingerprint import measure
+from medray.data.loader import TrainLoader, train_loader
+from medray.data.manifest import Manifest
+from medray.data.splits import Splits, make_splits
+from medray.engines.flower.parcel import Kind, Parcel
+from medray.errors import FederationError
+from medray.learn.aggregation.compression import compress
+from medray.learn.losses import build_loss
+from medray.train import checkpoint
+from medray.train.fit import fit
+from medray.train.leg import Leg, Rounds, pull_towards
+from medray.train.precision import resolve_device
+from medray.train.runtime import LocalRuntime, MakeOptimizer
+from medray.workflows.federation.shared import arrays_of, put, shared_names
+from medray.workflows.judging import Validate, make_validate
+from medray.workflows.training import new_model, outputs
+
+__all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
+
+_NOTHING = ("val/none", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFolder:
+    """Where a site's things lie. Small and picklable; :meth:`open` is done once in a process.
+
+    Attributes:
+        name: of the site.
+        directory: with its ``manifest.json``.
+        cache: of prepared cases.
+    """
+
+    name: str
+    directory: str
+    cache: str
+
+    def open(self) -> SiteWorker:
+        """The worker of this folder in this process."""
+        if self not in _OPEN:
+            _OPEN[self] = SiteWorker(self)
+        return _OPEN[self]
+
+
+_OPEN: dict[SiteFolder, SiteWorker] = {}
+
+
+def local_experiment(experiment: Experiment) -> Experiment:
+    """What a site trains in one round: rounds and the federation decide the length, the server averages the weights."""
+    length: dict[str, Any] = {"epochs": 1, "budget": None, "patience": None, "validate_every": None}
+    alone: dict[str, Any] = {"ema": 0.0, "workers": 1, "min_workers": None}
+    return experiment.model_copy(update={"train": experiment.train.model_copy(update={**length, **alone})})
+
+
+@dataclass(kw_only=True)
+class _Bench:
+    """What a site needs for one experiment, built once."""
+
+    experiment: Experiment
+    model: nn.Module
+    fresh: dict[str, torch.Tensor]
+    loader: TrainLoader
+    loss: nn.Module
+    validate: Validate | None
+    shared: tuple[str, ...]
+
+
+class SiteWorker:
+    """Answers the server; see :data:`medray.engines.flower.parcel.Answer`."""
+
+    def __init__(self, folder: SiteFolder) -> None:
+        self.folder = folder
+        self.directory = Path(folder.directory)
+        self.manifest = Manifest.load(self.directory / "manifest.json")
+        self._bench: _Bench | None = None
+
+    def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
+        """Do what is asked.
+
+        Raises:
+            FederationError: a question that no site knows, or weights that don't fit.
+            MedrayError: whatever the work itself comes to.
+        """
+        if kind == "query" and parcel.text.get("ask") == "hello":
+            return Parcel(text={"name": self.folder.name})
+        if kind == "query" and parcel.text.get("ask") == "fingerprint":
+            return Parcel(text={"fingerprint": measure(self.manifest).model_dump(mode="json")})
+        if kind == "train":
+            return self._train(parcel)
+        if kind == "evaluate":
+            bench = self._set_up(parcel)
+            self._load(bench, parcel, before=None)
+            return Parcel(text=self._judge(bench))
+        raise FederationError(f"site {self.folder.name}: {kind} {dict(parcel.text)} is nothing that a site answers")
+
+    # -- work
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _train(self, parcel: Parcel) -> Parcel:
+        began = time.monotonic()
+        bench = self._set_up(parcel)
+        federation = bench.experiment.federation
+        number = int(parcel.text["round"])
+        state = self._load(bench, parcel, before=number)
+        judged = self._judge(bench)
+        weights = cast(dict[str, Any], dict(parcel.arrays))
+        leg = Leg(number, federation.rounds)
+        anchors = {n: p.detach().clone() for n, p in bench.model.named_parameters() if n in weights}
+        runtime = SiteRuntime(
+            LocalRuntime(resolve_device(bench.experiment.device)),
+            anchors,
+            mu=federation.proximal_mu if federation.strategy == "fedprox" else 0.0,
+            optimizer=state.get("optimizer"),
+        )
+        result = fit(
+            bench.experiment,
+            bench.model,
+            Rounds(bench.loader, leg, steps=federation.local_steps, epochs=federation.local_epochs),
+            bench.loss,
+            validate=lambda _: {"val/none": math.nan},
+            objective=_NOTHING,  # type: ignore[arg-type]
+            runtime=runtime,
+            leg=leg,
+        )
+        after = arrays_of(bench.model, bench.shared)
+        update = {name: value - weights[name] for name, value in after.items()}
+        residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
+        sent, left = compress(update, residual, federation.compression, federation.top)
+        self._keep(bench, number, runtime, left)
+        losses = [row["loss"] for row in result.history if math.isfinite(row["loss"])]
+        return Parcel(
+            text={
+                **judged,
+                "cases": len(self.splits(bench.experiment).train),
+                "steps": result.steps,
+                "loss": losses[-1] if losses else None,
+                "seconds": time.monotonic() - began,
+            },
+            arrays=sent,
+        )
+
+    def _judge(self, bench: _Bench) -> dict[str, Any]:
+        """Metrics of the weights just loaded on the site's validation cases, where it has any."""
+        if bench.validate is None:
+            return {"metrics": {}, "judged": 0}
+        bench.model.eval()
+        with torch.no_grad():
+            found = bench.validate(bench.model)
+        finite = {name: float(value) for name, value in found.items() if math.isfinite(value)}
+        return {"metrics": finite, "judged": len(self.splits(bench.experiment).val)}
+
+    def splits(self, experiment: Experiment) -> Splits:
+        """The site's own; grouped by patient."""
+        return make_splits(self.manifest, experiment.split, experiment.split.seed)
+
+    # -- what is built once, and what is kept
+    # -----------------------------------------------------------------------------
+
+    def _set_up(self, parcel: Parcel) -> _Bench:
+        try:
+            experiment = Experiment.model_validate(parcel.text["experiment"])
+        except (KeyError, ValidationError) as error:
+            raise FederationError(
+                f"site {self.folder.name}: the server's experiment isn't valid here ({error}). Do both sides run the "
+                "same version?"
+            ) from None
+        experiment = local_experiment(experiment)
+        if self._bench is not None and self._bench.experiment == experiment:
+            return self._bench
+        manifest, kind, classes = self.manifest, self.manifest.task, outputs(self.manifest)
+        store = PreparedStore.open_or_build(manifest, experiment.preprocess, Path(self.folder.cache))
+        splits = self.splits(experiment)
+        device = resolve_device(experiment.device)
+        model = new_model(experiment, manifest).to(device)
+        validate = None
+        if splits.val:
+            validate = make_validate(
+                store, splits.val, experiment, kind=kind, num_classes=classes, runtime=LocalRuntime(device)
+            )
+        self._bench = _Bench(
+            experiment=experiment,
+            model=model,
+            fresh={name: value.detach().clone() for name, value in model.state_dict().items()},
+            loader=train_loader(store, splits.train, experiment, kind=kind, num_classes=classes),
+            loss=build_loss(experiment.loss, kind=kind, num_classes=classes),
+            validate=validate,
+            shared=shared_names(model, experiment.federation),
+        )
+        return self._bench
+
+    def _load(self, bench: _Bench, parcel: Parcel, *, before: int | None) -> dict[str, Any]:
+        """Set the network to the server's weights and this site's own; the state of the round before, if there is one.
+
+        Raises:
+            FederationError: not exactly the weights that are shared.
+        """
+        if set(parcel.arrays) != set(bench.shared):
+            odd = sorted(set(parcel.arrays) ^ set(bench.shared))[0]
+            raise FederationError(
+                f"site {self.folder.name}: the server's weights don't fit: {odd!r} is on one side only"
+            )
+        bench.model.load_state_dict(bench.fresh)
+        state = self._kept(before)
+        own = state.get("own", {})
+        bench.model.load_state_dict(own, strict=False)
+        put(bench.model, cast(dict[str, Any], dict(parcel.arrays)))
+        return state
+
+    def _kept(self, before: int | None) -> dict[str, Any]:
+        """The newest state of a round below ``before``; the newest of all for None; nothing where there is none."""
+        found = [checkpoint.load(self.directory / f"state-{half}.pt") for half in (0, 1)]
+        fitting = [state for state in found if state is not None and (before is None or state["round"] < before)]
+        return max(fitting, key=lambda state: int(state["round"]), default={})
+
+    def _keep(self, bench: _Bench, number: int, runtime: SiteRuntime, residual: dict[str, Any]) -> None:
+        own = {
+            name: value.detach().cpu().clone()
+            for name, value in bench.model.state_dict().items()
+            if name not in bench.shared
+        }
+        state = {
+            "round": number,
+            "own": own,
+            "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
+            "residual": {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in residual.items()},
+        }
+        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+
+
+class SiteRuntime(LocalRuntime):
+    """A runtime whose optimiser goes on where the site's last round left it, and pulls to the global weights.
+
+    Args:
+        inner: what really runs it.
+        anchors: the global weights, by parameter.
+        mu: FedProx's; 0 for none.
+        optimizer: the optimiser's state after the last round; None begins anew.
+    """
+
+    def __init__(
+        self, inner: LocalRuntime, anchors: dict[str, torch.Tensor], *, mu: float, optimizer: dict[str, Any] | None
+    ) -> None:
+        super().__init__(inner.device)
+        self._inner, self._anchors, self._mu, self._state = inner, anchors, mu, optimizer
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
+        """As the inner runtime's."""
+        pulled = [(p, self._anchors[n]) for n, p in model.named_parameters() if n in self._anchors]
+
+        def make(module: nn.Module) -> torch.optim.Optimizer:
+            optimizer = make_optimizer(module)
+            if self._state is not None:
+                optimizer.load_state_dict(self._state)
+            if self._mu > 0:
+                pull_towards(optimizer, [p for p, _ in pulled], [a for _, a in pulled], self._mu)
+            self.optimizer = optimizer
+            return optimizer
+
+        return self._inner.prepare(model, make, train_loader)
+
+    def criterion(self, loss: nn.Module) -> nn.Module:
+        """As the inner runtime's."""
+        return self._inner.criterion(loss)
+
+
+def opener(folders: tuple[SiteFolder, ...]) -> Callable[[int], SiteWorker]:
+    """A site's worker by its number, picklable."""
+    return _Opener(folders)
+
+
+@dataclass(frozen=True)
+class _Opener:
+    folders: tuple[SiteFolder, ...]
+
+    def __call__(self, number: int) -> SiteWorker:
+        return self.folders[number].open()
