@@ -10,7 +10,22 @@ from typing import Annotated, Literal
 import typer
 
 from medray import __version__
-from medray.cli import cache, check, data, doctor, evaluate, federate, models, plan, predict, runs, submit, train, tune
+from medray.cli import (
+    cache,
+    check,
+    data,
+    doctor,
+    evaluate,
+    federate,
+    federate_network,
+    models,
+    plan,
+    predict,
+    runs,
+    submit,
+    train,
+    tune,
+)
 from medray.errors import MedrayError
 
 app = typer.Typer(
@@ -31,6 +46,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+federate_network.add_to(federate.app)
 app.add_typer(federate.app, name="federate")
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)

@@ -18,6 +18,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """Of a federation or a site: it becomes a folder, a file and a certificate's name."""
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ClassName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f<>]*$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -44,6 +45,7 @@ class Invitation(Section):
     name: Name
     server: ServerAddress
     days: int = Field(365, ge=1, le=3650, description="how long certificates are valid")
+    classes: tuple[ClassName, ...] = Field((), max_length=1000, description="in the order that all sites shall use")
     sites: tuple[InvitedSite, ...] = Field(min_length=1, max_length=1000)
 
     @field_validator("sites")
@@ -65,6 +67,9 @@ class SitePrivacy(Section):
     epsilon_per_year: Positive = Field(8.0, description="the most that all runs of 365 days may spend together")
     least_noise: float = Field(0.3, ge=0.0, allow_inf_nan=False, description="smallest noise multiplier")
     unit: tuple[str, ...] = Field(("record", "patient"), description="what may be protected: record, patient")
+    share_fingerprint: bool = Field(
+        False, description="let exact counts, shapes and intensities of the data leave, for a plan made from all sites"
+    )
 
 
 class SiteAllows(Section):
@@ -96,6 +101,9 @@ class SiteConfig(Section):
     data: str = Field(description="the images: as `medray check` takes them")
     labels: dict[str, str] = Field(
         default_factory=dict, max_length=1000, description="this site's name of a class: theirs"
+    )
+    classes: tuple[str, ...] = Field(
+        (), max_length=4096, description="of the federation, in its order; empty: the data's"
     )
     fewest: int = Field(20, ge=1, description="patients below which nothing is released")
     cpus: int | None = Field(None, ge=1, le=1024, description="threads to train with; null: all")

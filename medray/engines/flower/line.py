@@ -102,35 +102,43 @@ def attend(
     from flwr.common.constant import ErrorCode
 
     states: dict[int, RecordDict] = {}
-    with _connection(line) as (node, receive, send, get_run, _, pull, push, confirm):
-        told(f"connected to {line.host}:{line.port} as node {node}")
-        while not stop():
-            got = receive()
-            if got is None:
-                time.sleep(poll)
-                continue
-            message = _fetch(*got, node=node, pull=pull, confirm=confirm)
-            run = message.metadata.run_id
-            context = Context(
-                run_id=run,
-                node_id=node,
-                node_config={},
-                state=states.setdefault(run, RecordDict()),
-                run_config=dict(get_run(run).override_config),
-            )
-            begun = time.monotonic()
-            try:
-                reply = answer(message, context)
-            except MedrayError as error:
-                reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=str(error)), reply_to=message)
-            except Exception as error:  # a defect met by one message must not cost a site its place in the federation
-                reason = f"{type(error).__name__} at the site; its own log says more"
-                reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
-                told(f"{type(error).__name__}: {error}")
-            try:
-                _send(reply, seconds=time.monotonic() - begun, send=send, push=push)
-            except Exception as error:  # the run ended meanwhile, or the server is restarting: the next one will do
-                told(f"an answer was not taken: {type(error).__name__}: {error}")
+
+    def respond(message: Message, context: Context) -> Message:
+        try:
+            return answer(message, context)
+        except MedrayError as error:
+            reason = str(error)
+        except Exception as error:  # a defect met by one message must not cost a site its place in the federation
+            reason = f"{type(error).__name__} at the site; its own log says more"
+            told(f"{type(error).__name__}: {error}")
+        return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+
+    while not stop():
+        with _connection(line) as (node, receive, send, get_run, _, pull, push, confirm):
+            told(f"connected to {line.host}:{line.port} as node {node}")
+            while not stop():
+                try:
+                    got = receive()
+                    if got is None:
+                        time.sleep(poll)
+                        continue
+                    message = _fetch(*got, node=node, pull=pull, confirm=confirm)
+                    run = message.metadata.run_id
+                    context = Context(
+                        run_id=run,
+                        node_id=node,
+                        node_config={},
+                        state=states.setdefault(run, RecordDict()),
+                        run_config=dict(get_run(run).override_config),
+                    )
+                    begun = time.monotonic()
+                    reply = respond(message, context)
+                    _send(reply, seconds=time.monotonic() - begun, send=send, push=push)
+                except Exception as error:  # the server is busy, restarting, or has ended the run meanwhile
+                    told(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}; connecting anew")
+                    break
+        if not stop():
+            time.sleep(poll)
 
 
 @contextlib.contextmanager

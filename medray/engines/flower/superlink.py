@@ -27,6 +27,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 FLEET = "/v1/fleet/"
+LOCK_SECONDS = 120
 NODES = "nodes.json"
 """In the state's folder: Flower's number of each site."""
 REFUSED = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
@@ -142,9 +143,27 @@ def _superlink(files: ServerFiles, admin_port: int) -> Any:
         "--disable-runtime-dependency-installation",
     ]
     module = sys.modules[flower_superlink.__module__]
+    _patient_database()
     with _arguments(["flower-superlink", *options]):
         config = module._parse_superlink_lifespan_config()
     return create_app(config, module.SuperLinkLifespan)
+
+
+def _patient_database() -> None:
+    """Let SQLite wait for a lock as long as a busy machine needs.
+
+    After its default of five seconds a request fails, and with it the run: four sites that sent their updates at once
+    to a machine under load were enough.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def wait(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000}")
+        cursor.close()
+
+    event.listen(Engine, "connect", wait)
 
 
 async def _run(app: Any, files: ServerFiles, host: str, port: int, admin_port: int, ready: Callable[[], None]) -> None:

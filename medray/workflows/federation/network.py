@@ -185,6 +185,10 @@ def _flwr(directory: Path, *words: str) -> dict[str, Any]:
     """Flower's command line, asked for JSON."""
     _about(directory)
     home = (directory / "server" / "state" / "flwr").resolve()
+    if not (home / "config.toml").is_file():
+        raise FederationError(
+            f"{directory}: its server has never been started on this machine: medray federate server {directory}"
+        )
     environment = {
         **os.environ,
         "FLWR_HOME": str(home),

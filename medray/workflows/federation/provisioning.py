@@ -130,6 +130,7 @@ def _kit(asked: Invitation, site: InvitedSite, authority: Identity, node: Identi
         "organisation": site.organisation or site.name,
         "host": asked.server.host,
         "port": str(asked.server.port),
+        "classes": json.dumps(list(asked.classes), ensure_ascii=False),
         "until": f"{dt.datetime.now(dt.UTC) + dt.timedelta(days=asked.days):%Y-%m-%d}",
     }
     files = {"ca.crt": authority.certificate, "node.key": node.key, "node.crt": node.certificate}

@@ -34,7 +34,7 @@ from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
 from medray.workflows.training import new_model
 
-__all__ = ["Engine", "prepare_sites", "run_rounds", "simulate_federation"]
+__all__ = ["Engine", "checked", "prepare_sites", "run_rounds", "simulate_federation"]
 
 Engine = Literal["auto", "here", "ray"]
 SMALL = 2_000_000
@@ -79,7 +79,7 @@ def simulate_federation(
     with sitting(out, "train", observer=observer) as notify:
         started = time.monotonic()
         recipe, folders = prepare_sites(composed, out, _Stages(notify, started))
-        experiment = _checked(recipe.experiment())
+        experiment = checked(recipe.experiment())
         metric, direction = OBJECTIVE[recipe.manifest.task]
         stage = _Stages(notify, started, metric)
         notify.measures(metric, direction)
@@ -142,7 +142,12 @@ def replace_recipe(recipe: Recipe, out: Path) -> Recipe:
     return replace(recipe, directory=str(out.resolve()), cache=str(Path(recipe.cache).resolve()))
 
 
-def _checked(experiment: Experiment) -> Experiment:
+def checked(experiment: Experiment) -> Experiment:
+    """The experiment, where a site can train it.
+
+    Raises:
+        ConfigError: it asks for something that a federation can't give.
+    """
     if experiment.schedule.name == "plateau":
         raise ConfigError(
             "schedule.name=plateau listens to validations, of which a site has none while it trains in a federation. "
