@@ -152,18 +152,14 @@ def _superlink(files: ServerFiles, admin_port: int) -> Any:
 def _patient_database() -> None:
     """Let SQLite wait for a lock as long as a busy machine needs.
 
-    After its default of five seconds a request fails, and with it the run: four sites that sent their updates at once
+    After Flower's five seconds a request fails, and with it the run: four sites that sent their updates at once
     to a machine under load were enough.
     """
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
+    from flwr.supercore import sql_mixin
 
-    def wait(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000}")
-        cursor.close()
-
-    event.listen(Engine, "connect", wait)
+    patient = ("busy_timeout", str(LOCK_SECONDS * 1000))
+    others = tuple(pragma for pragma in sql_mixin.SQLITE_PRAGMAS if pragma[0] != patient[0])
+    sql_mixin.SQLITE_PRAGMAS = (*others, patient)
 
 
 async def _run(app: Any, files: ServerFiles, host: str, port: int, admin_port: int, ready: Callable[[], None]) -> None:
