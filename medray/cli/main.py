@@ -17,6 +17,7 @@ from medray.cli import (
     doctor,
     evaluate,
     federate,
+    federate_network,
     models,
     plan,
     predict,
@@ -46,6 +47,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+federate_network.add_to(federate.app)
 app.add_typer(federate.app, name="federate")
 app.add_typer(site.app, name="site")
 app.command("submit")(submit.submit)

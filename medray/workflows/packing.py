@@ -26,7 +26,7 @@ def write_champion(
     directory: Path,
     recipe: Recipe,
     champion: Candidate,
-    validation: Scores,
+    validation: Scores | None,
     *,
     name: str,
     temperature: float,
@@ -39,7 +39,8 @@ def write_champion(
         directory: of the bundle.
         recipe: whence the data.
         champion: one network, or several.
-        validation: of it, on validation cases; thresholds of a multi-label task are fitted on them.
+        validation: of it, on validation cases; thresholds of a multi-label task are fitted on them. None where there
+            are no cases: every threshold is a half.
         name: shown in cards and answers.
         temperature: of the calibration.
         metrics: measured on the cases that the report names.
@@ -50,7 +51,7 @@ def write_champion(
     """
     lead, manifest = champion.lead.experiment, recipe.manifest
     thresholds = None
-    if manifest.task == "multilabel":
+    if manifest.task == "multilabel" and validation is not None:
         assert validation.logits is not None and validation.targets is not None
         thresholds = fit_thresholds(probabilities(validation.logits, "multilabel", temperature), validation.targets)
     began = time.monotonic()

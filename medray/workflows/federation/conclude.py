@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from medray.bundle.spec import INTENDED_USE
 from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.learn.intervals import Interval
 from medray.report.data import Interval as Shown
-from medray.report.federation import ComparisonRow, FederationReport, RoundRow, SiteRow, write_federation_report
+from medray.report.federation import ComparisonRow, FederationReport, SiteRow, write_federation_report
 from medray.train import checkpoint
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.federation.rounds import Federated
 from medray.workflows.federation.shared import put
+from medray.workflows.federation.showing import curves, round_row, settings, shown
 from medray.workflows.federation.site import SiteFolder
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
@@ -247,10 +247,6 @@ def _bundles(
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def _shown(found: Interval) -> Shown:
-    return Shown(value=found.value, low=found.low, high=found.high)
-
-
 def _report(
     ended: Ended,
     headline: str,
@@ -276,8 +272,8 @@ def _report(
                 train=counts["train"],
                 validation=counts["val"],
                 test=counts["test"],
-                score=_shown(_part(federated, rows).interval()) if rows else Shown(value=math.nan),
-                rivals={rival: _shown(_part(s, rows).interval()) for rival, s in rivals.items()} if rows else {},
+                score=shown(_part(federated, rows).interval()) if rows else Shown(value=math.nan),
+                rivals={rival: shown(_part(s, rows).interval()) for rival, s in rivals.items()} if rows else {},
             )
         )
     models = {FEDERATED: federated, **({POOLED: rivals[POOLED]} if POOLED in rivals else {})}
@@ -294,20 +290,26 @@ def _report(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         metric=metric,
         measured_on=where,
-        metrics={name: _shown(found) for name, found in metrics.items()},
+        metrics={name: shown(found) for name, found in metrics.items()},
         comparison=(
-            ComparisonRow(name=FEDERATED, score=_shown(metrics[metric]), difference=None),
+            ComparisonRow(name=FEDERATED, score=shown(metrics[metric]), difference=None),
             *(
-                ComparisonRow(name=name, score=_shown(score), difference=_shown(difference))
+                ComparisonRow(name=name, score=shown(score), difference=shown(difference))
                 for name, (score, difference) in comparison.items()
             ),
         ),
         sites=tuple(sites),
         matrix=matrix,
-        curves=_curves(names, history, f"val/{metric}"),
-        rounds=tuple(_round_row(entry) for entry in history),
+        curves=curves(names, history, f"val/{metric}"),
+        rounds=tuple(round_row(entry) for entry in history),
         best_round=ended.federated.best_round,
-        settings=_settings(ended),
+        settings=settings(
+            ended.experiment,
+            ended.federated,
+            time.monotonic() - ended.started,
+            ended.recipe.machine.note,
+            sites=ended.experiment.federation.partition.by,
+        ),
         protection=_protection(ended.experiment),
         reproduce={"Command": ended.command, "experiment.yaml": dump(ended.experiment)},
     )
@@ -328,64 +330,6 @@ def _protection(experiment: Experiment) -> str:
         "The figures of this page were measured here, in a simulation, and are not private; the comparisons were "
         "trained without privacy."
     )
-
-
-def _curves(
-    names: Sequence[str], history: Sequence[dict[str, Any]], key: str
-) -> dict[str, tuple[tuple[float, float], ...]]:
-    """Of each site, the metric of the global weights on its validation cases, over rounds that they have seen."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for entry in history:
-        for name, row in entry["sites"].items():
-            value = (row.get("metrics") or {}).get(key)
-            if value is not None and row["state"] == "ok":
-                found[name].append((float(entry["round"] - 1), float(value)))
-        for name, metrics in (entry.get("last") or {}).get("sites", {}).items():
-            if key in metrics:
-                found[name].append((float(entry["round"]), float(metrics[key])))
-    return {name: tuple(points) for name, points in found.items()}
-
-
-def _round_row(entry: dict[str, Any]) -> RoundRow:
-    def named(state: str) -> tuple[str, ...]:
-        return tuple(
-            name if not row.get("reason") else f"{name}: {row['reason']}"
-            for name, row in entry["sites"].items()
-            if row["state"] == state
-        )
-
-    return RoundRow(
-        number=int(entry["round"]),
-        ok=len(named("ok")),
-        late=named("late"),
-        failed=named("failed"),
-        quarantined=named("quarantined"),
-        attempts=int(entry["attempts"]),
-        seconds=float(entry["seconds"]),
-        down=int(entry["down"]),
-        up=int(entry["up"]),
-    )
-
-
-def _settings(ended: Ended) -> dict[str, str]:
-    federation, shared = ended.experiment.federation, ended.federated.weights
-    local = (
-        f"{federation.local_epochs} epoch(s)" if federation.local_steps is None else f"{federation.local_steps} steps"
-    )
-    found = {
-        "Strategy": federation.strategy,
-        "Network": f"{ended.experiment.model.name}, {sum(v.size for v in shared.values()):,} shared weights",
-        "Rounds": f"{federation.rounds} of {local} at each site; best after {ended.federated.best_round}",
-        "Quorum, deadline": f"{federation.quorum} updates, {federation.deadline:g} s",
-        "Compression": federation.compression,
-        "Sites from": federation.partition.by,
-        "Wall clock": f"{time.monotonic() - ended.started:.0f} s",
-        "Machine": ended.recipe.machine.note,
-        "PyTorch": torch.__version__,
-    }
-    if federation.strategy == "fedprox":
-        found["Proximal mu"] = f"{federation.proximal_mu:g}"
-    return found
 
 
 def _save(result: Concluded, ended: Ended) -> None:

@@ -36,7 +36,7 @@ from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
 from medray.workflows.training import new_model
 
-__all__ = ["Engine", "prepare_sites", "run_rounds", "simulate_federation"]
+__all__ = ["Engine", "checked", "prepare_sites", "run_rounds", "simulate_federation"]
 
 Engine = Literal["auto", "here", "ray"]
 LOT = "lot.json"
@@ -86,7 +86,7 @@ def simulate_federation(
     with sitting(out, "train", observer=observer) as notify:
         started = time.monotonic()
         recipe, folders = prepare_sites(composed, out, _Stages(notify, started))
-        experiment = _checked(recipe.experiment(), composed.explicit)
+        experiment = checked(recipe.experiment(), composed.explicit)
         metric, direction = OBJECTIVE[recipe.manifest.task]
         stage = _Stages(notify, started, metric)
         notify.measures(metric, direction)
@@ -149,7 +149,16 @@ def replace_recipe(recipe: Recipe, out: Path) -> Recipe:
     return replace(recipe, directory=str(out.resolve()), cache=str(Path(recipe.cache).resolve()))
 
 
-def _checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
+def checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
+    """The experiment, where a site can train it.
+
+    Args:
+        experiment: planned.
+        explicit: what somebody set of it.
+
+    Raises:
+        ConfigError: it asks for something that a federation can't give.
+    """
     if experiment.privacy.on:
         _check_privacy(experiment, explicit)
     if experiment.schedule.name == "plateau":

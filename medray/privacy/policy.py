@@ -1,0 +1,117 @@
+"""A site's own rules, applied to what a run asks of it, before data are touched, in words that both sides can read."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from medray.config.federation_files import SiteConfig
+from medray.config.schema import Experiment
+from medray.errors import PolicyError
+
+_SITES_OWN = {"data": True, "device": True}
+"""Fields of a recipe that a site fills in for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a run asks of a site.
+
+    Attributes:
+        recipe: content hash, see :func:`recipe_digest`.
+        model, strategy: names.
+        rounds, local_epochs: of the whole run; of one round.
+        epsilon, delta: that the whole run may spend here; None without differential privacy.
+        noise: smallest noise multiplier of a step; None without differential privacy.
+        unit: what is protected, ``record`` or ``patient``.
+    """
+
+    recipe: str
+    model: str
+    strategy: str
+    rounds: int
+    local_epochs: int
+    epsilon: float | None = None
+    delta: float | None = None
+    noise: float | None = None
+    unit: str = "record"
+
+
+def recipe_digest(experiment: Experiment) -> str:
+    """SHA-256 of everything that an experiment decides, but for what each site fills in itself."""
+    content = experiment.model_dump(mode="json", exclude=_SITES_OWN)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def decide(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: float, patients: int) -> None:
+    """Let a request pass, or refuse it with every reason that there is.
+
+    Args:
+        rules: the site's.
+        request: of the run.
+        now: local time.
+        spent: epsilon that runs of the last 365 days have spent or reserved here, this run's own left out.
+        patients: that would train.
+
+    Raises:
+        PolicyError: the site doesn't take part; each reason names the value, the rule and its key in ``site.yaml``.
+    """
+    reasons = [
+        *_of_the_run(rules, request),
+        *_of_privacy(rules, request, spent),
+        *_of_this_moment(rules, now, patients),
+    ]
+    if reasons:
+        raise PolicyError(f"site {rules.name!r} refuses: {'; '.join(reasons)}. Its owner decides, in site.yaml")
+
+
+def _of_the_run(rules: SiteConfig, request: Request) -> Iterator[str]:
+    allow = rules.allow
+    if allow.recipes and request.recipe not in allow.recipes:
+        yield f"recipe {request.recipe} is none of allow.recipes"
+    if allow.models and request.model not in allow.models:
+        yield f"model {request.model!r} is none of allow.models ({', '.join(allow.models)})"
+    if allow.strategies and request.strategy not in allow.strategies:
+        yield f"strategy {request.strategy!r} is none of allow.strategies ({', '.join(allow.strategies)})"
+    if request.rounds > allow.rounds:
+        yield f"{request.rounds} rounds are more than allow.rounds={allow.rounds}"
+    if request.local_epochs > allow.local_epochs:
+        yield f"{request.local_epochs} passes a round are more than allow.local_epochs={allow.local_epochs}"
+
+
+def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[str]:
+    limits = rules.privacy
+    if request.epsilon is None:
+        if limits.required:
+            yield "the run has no differential privacy (privacy.epsilon is unset), and privacy.required is true"
+        return
+    if request.epsilon > limits.epsilon_per_run:
+        yield f"epsilon {request.epsilon:g} is more than privacy.epsilon_per_run={limits.epsilon_per_run:g}"
+    if spent + request.epsilon > limits.epsilon_per_year:
+        yield (
+            f"epsilon {request.epsilon:g} on top of {spent:.3g} spent in the last 365 days is more than "
+            f"privacy.epsilon_per_year={limits.epsilon_per_year:g}"
+        )
+    if request.delta is None or request.delta > limits.delta:
+        yield f"delta {request.delta} is more than privacy.delta={limits.delta:g}"
+    if request.noise is not None and request.noise < limits.least_noise:
+        yield f"noise multiplier {request.noise:.3g} is less than privacy.least_noise={limits.least_noise:g}"
+    if request.unit not in limits.unit:
+        yield f"unit {request.unit!r} is none of privacy.unit ({', '.join(limits.unit)})"
+
+
+def _of_this_moment(rules: SiteConfig, now: dt.datetime, patients: int) -> Iterator[str]:
+    if patients < rules.fewest:
+        yield f"{patients} patients are fewer than fewest={rules.fewest}: too few to hide among"
+    hours = rules.allow.hours
+    if hours is not None and not within(hours, now.time()):
+        yield f"it is {now:%H:%M} here, outside of allow.hours={hours}"
+
+
+def within(hours: str, time: dt.time) -> bool:
+    """Whether a time of day lies in a range such as ``19:00-06:00``, which may pass midnight."""
+    begin, end = (dt.time.fromisoformat(part) for part in hours.split("-"))
+    return begin <= time < end if begin < end else time >= begin or time < end

@@ -1,0 +1,247 @@
+"""``medray federate site``: a hospital takes part, by its own rules.
+
+Whatever arrives passes the guard: what is asked is written to the audit log, held against ``site.yaml``, done by the
+code that is installed here, and what leaves is written down before it does.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from medray.config.federation_files import SiteConfig, read_site
+from medray.config.schema import Experiment
+from medray.data.checks import check, require_sound
+from medray.data.layouts import build_manifest
+from medray.data.manifest import Manifest
+from medray.engines.flower.parcel import Answer, Kind, Parcel
+from medray.errors import FederationError, MedrayError, PolicyError
+from medray.privacy.audit import Audit
+from medray.privacy.policy import Request, decide, recipe_digest
+from medray.workflows.federation.site import SiteFolder
+
+__all__ = ["Guard", "attend_federation", "harmonised"]
+
+Told = Callable[[str], None]
+RETRY_SECONDS = 15.0
+SAID_UNDER_PRIVACY = frozenset({"name"})
+"""What may stand beside protected weights: counts, losses and metrics of patients' data are no less private."""
+
+
+def attend_federation(
+    path: Path,
+    *,
+    check_only: bool = False,
+    told: Told = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    poll: float | None = None,
+) -> None:
+    """Take part until stopped.
+
+    Args:
+        path: ``site.yaml``.
+        check_only: read the rules, look at the data, shake hands with the server, and send nothing.
+        told: hears a line of each thing that a person should know.
+        stop: asked between messages.
+        poll: seconds between questions for work; None for the default.
+
+    Raises:
+        ConfigError: ``site.yaml`` is refused.
+        DataError: the data can't be trained on.
+        FederationError: the server refuses this site's key, or can't be trusted.
+    """
+    from medray.engines.flower.line import POLL_SECONDS, Line, attend, check_server
+    from medray.engines.flower.site import client_app
+
+    rules = read_site(path)
+    folder = SiteFolder(name=rules.name, directory=str(rules.work / "site"), cache=str(rules.work / "cache"))
+    manifest = _prepare(rules, Path(folder.directory), told)
+    host, _, port = rules.server.rpartition(":")
+    line = Line(host=host.strip("[]"), port=int(port), ca=rules.ca, key=rules.key)
+    until = _reach(lambda: check_server(line), wait=not check_only, told=told, stop=stop)
+    if until is None:
+        return
+    told(f"server {rules.server}: its certificate is this federation's, valid until {until:%Y-%m-%d}")
+    if check_only:
+        told("ready: nothing was sent. Take part with: medray federate site site.yaml")
+        return
+    _limit(rules)
+    guard = Guard(rules, manifest, Audit(rules.audit), folder.open())
+    attend(line, client_app(lambda _: guard), stop=stop, told=told, poll=poll or POLL_SECONDS)
+
+
+class Guard:
+    """Between the line and the site's worker; see :data:`medray.engines.flower.parcel.Answer`."""
+
+    def __init__(self, rules: SiteConfig, manifest: Manifest, audit: Audit, worker: Answer) -> None:
+        self.rules, self.audit, self.worker = rules, audit, worker
+        self.patients = len({case.group for case in manifest.cases})
+        audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
+
+    def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
+        """Answer, if the rules allow it.
+
+        Raises:
+            PolicyError: they don't.
+            PrivacyError: the audit log can't be written: then nothing is answered.
+        """
+        what = str(parcel.text.get("ask", kind))[:100]
+        about: dict[str, Any] = {"kind": kind, "what": what, "round": _round(parcel)}
+        try:
+            self._decide(kind, what, parcel, about)
+        except PolicyError as error:
+            self.audit.write("refused", **about, reason=str(error))
+            raise
+        self.audit.write("asked", **about)
+        try:
+            answer = self._protected(kind, self.worker(kind, parcel))
+        except MedrayError as error:
+            self.audit.write("failed", **about, reason=str(error)[:2000])
+            raise
+        except Exception as error:
+            # What an unforeseen error says may name a file or a patient: it stays here.
+            self.audit.write("failed", **about, reason=f"{type(error).__name__}: {error}"[:2000])
+            raise FederationError(
+                f"site {self.rules.name}: {type(error).__name__} while it worked; its own audit log says more"
+            ) from None
+        self.audit.write("released", **about, bytes=_bytes(answer), sha256=_digest(answer))
+        return answer
+
+    def _decide(self, kind: Kind, what: str, parcel: Parcel, about: dict[str, Any]) -> None:
+        if kind == "query" and what == "hello":
+            return
+        if kind == "query" and what == "fingerprint":
+            if self.rules.privacy.required and not self.rules.privacy.share_fingerprint:
+                raise PolicyError(
+                    f"site {self.rules.name!r} refuses: a fingerprint holds exact counts and intensities of its data, "
+                    "and privacy.share_fingerprint is false. Plan on public data, and start the run with --fingerprint"
+                )
+            return
+        try:
+            experiment = Experiment.model_validate(parcel.text.get("experiment"))
+        except ValidationError as error:
+            raise PolicyError(
+                f"site {self.rules.name!r} refuses: no valid experiment came with the request "
+                f"({error.error_count()} faults). Do both sides run the same version?"
+            ) from None
+        request = _request(experiment)
+        about |= {"recipe": request.recipe, "model": request.model, "strategy": request.strategy}
+        decide(self.rules, request, now=dt.datetime.now(), spent=0.0, patients=self.patients)
+
+    def _protected(self, kind: Kind, answer: Parcel) -> Parcel:
+        """The answer without what no mechanism has protected, where the site demands protection."""
+        if not self.rules.privacy.required or kind == "query":
+            return answer
+        text = {name: value for name, value in answer.text.items() if name in SAID_UNDER_PRIVACY}
+        return Parcel(text=text, arrays=answer.arrays, error=answer.error)
+
+
+def harmonised(manifest: Manifest, rules: SiteConfig) -> Manifest:
+    """The manifest in the federation's words: classes renamed and put in its order.
+
+    Raises:
+        FederationError: a class that the federation doesn't have, or masks whose order can't be changed by names.
+    """
+    renamed = tuple(rules.labels.get(name, name) for name in manifest.classes)
+    unused = sorted(set(rules.labels) - set(manifest.classes))
+    if unused:
+        raise FederationError(
+            f"labels: {unused[0]!r} is no class of these data; they have {', '.join(manifest.classes)}"
+        )
+    wanted = rules.classes or renamed
+    strange = [name for name in renamed if name not in wanted]
+    if strange:
+        raise FederationError(
+            f"class {strange[0]!r} of these data is none of the federation's ({', '.join(wanted)}). Say which it is, "
+            f"in site.yaml: labels: {{{strange[0]}: {wanted[0]}}}"
+        )
+    if renamed == wanted:
+        return manifest.model_copy(update={"classes": wanted})
+    if manifest.task != "classification":
+        raise FederationError(
+            f"classes {', '.join(renamed)} stand in another order than the federation's ({', '.join(wanted)}): the "
+            "numbers in masks, or columns of labels, mean something else. Write them anew in that order"
+        )
+    place = [wanted.index(name) for name in renamed]
+    cases = tuple(
+        case.model_copy(update={"label": place[case.label]}) if isinstance(case.label, int) else case
+        for case in manifest.cases
+    )
+    return manifest.model_copy(update={"classes": wanted, "cases": cases})
+
+
+def _prepare(rules: SiteConfig, directory: Path, told: Told) -> Manifest:
+    told(f"looking at {rules.data}")
+    manifest = check(build_manifest(rules.data))
+    require_sound(manifest)
+    manifest = harmonised(manifest, rules)
+    for finding in manifest.findings[:5]:
+        told(f"{finding.severity}: {finding.message}. {finding.fix}")
+    manifest.save(directory / "manifest.json")
+    patients = len({case.group for case in manifest.cases})
+    told(f"{len(manifest.cases)} cases of {patients} patients: {manifest.task}, {', '.join(manifest.classes)}")
+    return manifest
+
+
+def _reach(knock: Callable[[], dt.datetime], *, wait: bool, told: Told, stop: Callable[[], bool]) -> dt.datetime | None:
+    """Until when the server's certificate is valid; waits for one that is away. None: stopped meanwhile."""
+    said = ""
+    while not stop():
+        try:
+            return knock()
+        except FederationError as error:
+            if not wait or "can't be reached" not in str(error):
+                raise
+            if str(error) != said:
+                said = str(error)
+                told(f"{said} Trying again every {RETRY_SECONDS:.0f} s")
+        time.sleep(RETRY_SECONDS)
+    return None
+
+
+def _limit(rules: SiteConfig) -> None:
+    """Keep to the processors and the memory that ``site.yaml`` grants."""
+    import resource
+
+    import torch
+
+    if rules.cpus is not None:
+        torch.set_num_threads(rules.cpus)
+    if rules.memory_gb is not None:
+        limit = int(rules.memory_gb * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _request(experiment: Experiment) -> Request:
+    federation = experiment.federation
+    return Request(
+        recipe=recipe_digest(experiment),
+        model=experiment.model.name,
+        strategy=federation.strategy,
+        rounds=federation.rounds,
+        local_epochs=federation.local_epochs,
+    )
+
+
+def _round(parcel: Parcel) -> int | None:
+    value = parcel.text.get("round")
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _bytes(parcel: Parcel) -> int:
+    return sum(np.asarray(value).nbytes for value in parcel.arrays.values())
+
+
+def _digest(parcel: Parcel) -> str:
+    found = hashlib.sha256()
+    for name in sorted(parcel.arrays):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(parcel.arrays[name]).tobytes())
+    return found.hexdigest()

@@ -1,0 +1,319 @@
+"""``medray federate run``: the server's part of a federation over a network.
+
+The server has no data. What it plans with is a fingerprint: that of public or synthetic data, or the sum of what the
+sites tell of theirs. What it can say of the result is what the sites said of their validation cases.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from medray.bundle.spec import INTENDED_USE
+from medray.config.compose import compose
+from medray.config.schema import Experiment
+from medray.data.fingerprint import Fingerprint
+from medray.data.fingerprint_merge import merge_fingerprints
+from medray.data.manifest import Manifest
+from medray.engines.flower.parcel import Hub, Parcel
+from medray.errors import ConfigError, FederationError
+from medray.learn.intervals import Interval
+from medray.privacy.policy import recipe_digest
+from medray.report.federation import ComparisonRow, FederationReport, SiteRow, write_federation_report
+from medray.workflows.champion import Candidate
+from medray.workflows.federation.network import start_run
+from medray.workflows.federation.rounds import Federated, Rounds
+from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
+from medray.workflows.federation.showing import curves, headline_of, round_row, settings, shown
+from medray.workflows.federation.simulate import checked
+from medray.workflows.judging import OBJECTIVE
+from medray.workflows.packing import write_champion
+from medray.workflows.planning import dump
+from medray.workflows.recipe import Recipe
+from medray.workflows.training import Network, new_model
+
+__all__ = ["Asked", "lead", "run_federation"]
+
+ASKED = "asked.yaml"
+APP = Path(__file__).parent / "app"
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A run that was started.
+
+    Attributes:
+        number: Flower's.
+        directory: where ``federation.json``, ``report.html`` and ``bundle/`` will lie, on the server.
+        recipe: content hash that sites may allow; None where the plan waits for the sites' fingerprints.
+    """
+
+    number: str
+    directory: Path
+    recipe: str | None
+
+
+def run_federation(
+    federation: Path,
+    path: Path | None,
+    overrides: Sequence[str],
+    *,
+    out: Path,
+    fingerprint: Path | None = None,
+    resume: bool = False,
+) -> Asked:
+    """Start a run at a federation's server, on this machine.
+
+    Args:
+        federation: folder of ``medray federate provision``, whose server is up.
+        path: an ``experiment.yaml``; None plans one from the fingerprint.
+        overrides: ``federation.rounds=50`` and such.
+        out: folder of the run.
+        fingerprint: of public or synthetic data, as ``medray plan`` writes it; None asks the sites for theirs.
+        resume: go on with a run in ``out``.
+
+    Raises:
+        ConfigError: ``out`` holds a run already and ``resume`` is off, or a field is refused.
+        FederationError: the server isn't up.
+    """
+    if (out / ASKED).exists() and not resume:
+        raise ConfigError(f"{out} holds a run already. Go on with it by --resume, or choose another with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / ASKED).exists():
+        explicit = compose(path, overrides).explicit
+        explicit.pop("data", None)  # each site has its own
+        (out / ASKED).write_text(yaml.safe_dump(explicit, sort_keys=False), encoding="utf-8")
+    if fingerprint is not None:
+        Fingerprint.load(fingerprint).save(out / "fingerprint.json")
+    recipe = None
+    if (out / "fingerprint.json").is_file():
+        recipe = recipe_digest(_experiment(out))
+    number = start_run(federation, APP, {"directory": str(out.resolve())})
+    return Asked(number=number, directory=out, recipe=recipe)
+
+
+def lead(hub: Hub, config: Mapping[str, object]) -> None:
+    """Lead one run to its end; called on the server by Flower.
+
+    Args:
+        hub: to the sites.
+        config: ``directory`` of the run.
+    """
+    directory, began = Path(str(config["directory"])), time.monotonic()
+    try:
+        _lead(hub, directory, began)
+    except Exception as error:
+        _write(directory / "failed.txt", f"{type(error).__name__}: {error}\n")
+        raise
+
+
+def _lead(hub: Hub, directory: Path, began: float) -> None:
+    said = _Journal(directory / "run.log")
+    explicit = yaml.safe_load((directory / ASKED).read_text(encoding="utf-8")) or {}
+    asked = Experiment.model_validate({"federation": explicit.get("federation") or {}}).federation
+    sites = _gathered(hub, asked.quorum, asked.deadline, said)
+    if not (directory / "fingerprint.json").is_file():
+        _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said).save(directory / "fingerprint.json")
+    experiment = _experiment(directory)
+    _write(directory / "experiment.yaml", dump(experiment))
+    recipe = _recipe(directory)
+    model = new_model(experiment, recipe.manifest)
+    shared = shared_names(model, experiment.federation)
+    said(f"recipe {recipe_digest(experiment)}: {experiment.model.name} at {', '.join(sites)}")
+    federated = Rounds(
+        hub,
+        directory,
+        experiment,
+        arrays_of(model, shared),
+        statistics_of(model),
+        objective=OBJECTIVE[recipe.manifest.task],
+        tell=lambda number, entry: said(_line(number, entry, experiment.federation.rounds)),
+        note=said,
+    ).run(sites)
+    put(model, dict(federated.weights))
+    network = Network(model=model.eval(), experiment=experiment)
+    headline = _conclude(directory, recipe, network, federated, began)
+    said(headline)
+
+
+class _Journal:
+    """``run.log``: what a person may follow while the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, text: str) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{now} {text}\n")
+
+
+def _gathered(hub: Hub, quorum: int, deadline: float, said: Callable[[str], None]) -> tuple[str, ...]:
+    """The sites that take part: all that are there once the quorum is."""
+    until, before = time.monotonic() + deadline, -1
+    while True:
+        sites = hub.sites()
+        if len(sites) >= quorum:
+            time.sleep(POLL_SECONDS)  # who comes a moment later takes part too
+            return hub.sites()
+        if len(sites) != before:
+            before = len(sites)
+            said(f"waiting for {quorum} sites (federation.quorum); here: {', '.join(sites) or 'none'}")
+        if time.monotonic() > until:
+            raise FederationError(
+                f"{len(sites)} of {quorum} sites (federation.quorum) came within {deadline:g} s "
+                f"(federation.deadline): {', '.join(sites) or 'none'}. Are the others up? medray federate status"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _ask_for_fingerprints(
+    hub: Hub, sites: tuple[str, ...], quorum: int, deadline: float, said: Callable[[str], None]
+) -> Fingerprint:
+    question = Parcel(text={"ask": "fingerprint"})
+    answers = hub.ask("query", dict.fromkeys(sites, question), deadline)
+    found: list[tuple[str, Fingerprint]] = []
+    refused = []
+    for name in sites:
+        answer = answers.get(name)
+        reason = "no answer" if answer is None else answer.error
+        if reason is None and answer is not None:
+            try:
+                found.append((name, Fingerprint.model_validate(answer.text.get("fingerprint"))))
+                continue
+            except ValueError as error:
+                reason = f"no fingerprint ({error})"
+        refused.append(f"{name}: {reason}")
+        said(refused[-1])
+    if len(found) < quorum:
+        raise FederationError(
+            f"{len(found)} of {quorum} fingerprints (federation.quorum). {'; '.join(refused)}. Plan on public data "
+            "instead, and give that plan's with --fingerprint"
+        )
+    return merge_fingerprints(found)
+
+
+def _experiment(directory: Path) -> Experiment:
+    recipe = _recipe(directory)
+    return checked(recipe.experiment(), recipe.explicit)
+
+
+def _recipe(directory: Path) -> Recipe:
+    """A recipe without cases: what the fingerprint says is all that the server knows."""
+    explicit = yaml.safe_load((directory / ASKED).read_text(encoding="utf-8")) or {}
+    found = Fingerprint.load(directory / "fingerprint.json")
+    Manifest(
+        source="federation",
+        root="",
+        task=found.task,
+        ndim=found.ndim,
+        channels=found.channels,
+        classes=tuple(found.classes),
+        modality=found.modality,
+        cases=(),
+    ).save(directory / "manifest.json")
+    return Recipe(directory=str(directory), explicit=explicit, cache=str(directory / "cache"))
+
+
+def _line(number: int, entry: Mapping[str, Any], of: int) -> str:
+    troubles = [
+        f"{name} {row['state']}: {row['reason']}" for name, row in entry["sites"].items() if row["state"] != "ok"
+    ]
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in entry["metrics_before"].items())
+    return "; ".join(filter(None, [f"round {number} of {of} in {entry['seconds']:.0f} s", metrics, *troubles]))
+
+
+def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Federated, began: float) -> str:
+    """Bundle, report and ``outcome.json``; the headline."""
+    experiment = network.experiment
+    metric = OBJECTIVE[recipe.manifest.task][0].removeprefix("val/")
+    value = federated.metrics.get(f"val/{metric}", math.nan)
+    figures = {
+        name.removeprefix("val/"): Interval(value=found, low=math.nan, high=math.nan)
+        for name, found in federated.metrics.items()
+    }
+    where = "validation cases as the sites stated them (optimistic: they chose the round)"
+    names = sorted({name for entry in federated.history for name in entry["sites"]})
+    headline = headline_of(experiment.federation.strategy, len(names), metric, value, where)
+    note = f"Trained by {experiment.federation.strategy} over {len(names)} sites in {federated.best_round} rounds"
+    write_champion(
+        directory / "bundle",
+        recipe,
+        Candidate(name="federated", members=(network,)),
+        None,
+        name=directory.absolute().name,
+        temperature=1.0,
+        metrics=figures,
+        notes=[note, "Not calibrated: the server has no cases"],
+    )
+    last = federated.history[-1]
+    report = FederationReport(
+        name=directory.absolute().name,
+        headline=headline,
+        intended_use=INTENDED_USE,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        metric=metric,
+        measured_on=where,
+        metrics={name: shown(found) for name, found in figures.items()},
+        comparison=(
+            (ComparisonRow(name="federated", score=shown(figures[metric]), difference=None),)
+            if metric in figures
+            else ()
+        ),
+        sites=tuple(_site_row(name, last, federated.history, metric) for name in names),
+        matrix={},
+        curves=curves(names, federated.history, f"val/{metric}"),
+        rounds=tuple(round_row(entry) for entry in federated.history),
+        best_round=federated.best_round,
+        settings=settings(experiment, federated, time.monotonic() - began, recipe.machine.note, sites="the network"),
+        protection=PROTECTION,
+        reproduce={"experiment.yaml": dump(experiment), "Recipe": recipe_digest(experiment)},
+    )
+    write_federation_report(report, directory / "report.html")
+    document = {
+        "headline": headline,
+        "metric": metric,
+        "best_round": federated.best_round,
+        "metrics": {name: found.value if np.isfinite(found.value) else None for name, found in figures.items()},
+        "bundles": [str(directory / "bundle")],
+        "bytes": {way: sum(int(entry[way]) for entry in federated.history) for way in ("down", "up")},
+    }
+    _write(directory / "outcome.json", json.dumps(document, indent=1, allow_nan=False))
+    return headline
+
+
+PROTECTION = (
+    "Each site decides what protection its updates leave with, in its own site.yaml, and its audit log says what it "
+    "was. Updates travel by TLS; the server sees each of them."
+)
+
+
+def _site_row(name: str, last: Mapping[str, Any], history: Sequence[Mapping[str, Any]], metric: str) -> SiteRow:
+    rows = [entry["sites"][name] for entry in history if name in entry["sites"]]
+    cases = [int(row["cases"]) for row in rows if row.get("cases") is not None]
+    judged = [int(row["judged"]) for row in rows if row.get("judged") is not None]
+    value = ((last.get("last") or {}).get("sites", {}).get(name) or {}).get(f"val/{metric}", math.nan)
+    return SiteRow(
+        site=name,
+        train=cases[-1] if cases else 0,
+        validation=judged[-1] if judged else 0,
+        test=0,
+        score=shown(Interval(value=value, low=math.nan, high=math.nan)),
+        rivals={},
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,99 @@
+"""What a federation's rounds come to in a report: curves, rounds, settings, the headline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from medray.config.schema import Experiment
+from medray.learn.intervals import Interval
+from medray.report.data import Interval as Shown
+from medray.report.federation import RoundRow
+from medray.workflows.federation.rounds import Federated
+
+__all__ = ["curves", "headline_of", "round_row", "settings", "shown"]
+
+
+def shown(found: Interval) -> Shown:
+    """An interval as the report takes it."""
+    return Shown(value=found.value, low=found.low, high=found.high)
+
+
+def headline_of(strategy: str, sites: int, metric: str, value: float, where: str) -> str:
+    """One line, of a federation whose server has no cases of its own."""
+    found = f"{value:.3f}" if math.isfinite(value) else "not told by any site"
+    return f"{strategy} over {sites} sites: {metric} {found} on {where}"
+
+
+def curves(
+    names: Sequence[str], history: Sequence[Mapping[str, Any]], key: str
+) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Of each site, the metric of the global weights on its validation cases, over rounds that they have seen."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for entry in history:
+        for name, row in entry["sites"].items():
+            value = (row.get("metrics") or {}).get(key)
+            if value is not None and row["state"] == "ok":
+                found[name].append((float(entry["round"] - 1), float(value)))
+        for name, metrics in (entry.get("last") or {}).get("sites", {}).items():
+            if key in metrics:
+                found[name].append((float(entry["round"]), float(metrics[key])))
+    return {name: tuple(points) for name, points in found.items()}
+
+
+def round_row(entry: Mapping[str, Any]) -> RoundRow:
+    """A row of the report, from an entry of the rounds' history."""
+
+    def named(state: str) -> tuple[str, ...]:
+        return tuple(
+            name if not row.get("reason") else f"{name}: {row['reason']}"
+            for name, row in entry["sites"].items()
+            if row["state"] == state
+        )
+
+    return RoundRow(
+        number=int(entry["round"]),
+        ok=len(named("ok")),
+        late=named("late"),
+        failed=named("failed"),
+        quarantined=named("quarantined"),
+        attempts=int(entry["attempts"]),
+        seconds=float(entry["seconds"]),
+        down=int(entry["down"]),
+        up=int(entry["up"]),
+    )
+
+
+def settings(
+    experiment: Experiment, federated: Federated, seconds: float, machine: str, *, sites: str
+) -> dict[str, str]:
+    """What decided the rounds, and what they took.
+
+    Args:
+        experiment: of all sites.
+        federated: what the rounds came to.
+        seconds: wall clock.
+        machine: where the server ran.
+        sites: where they come from, in a few words.
+    """
+    federation, shared = experiment.federation, federated.weights
+    local = (
+        f"{federation.local_epochs} epoch(s)" if federation.local_steps is None else f"{federation.local_steps} steps"
+    )
+    found = {
+        "Strategy": federation.strategy,
+        "Network": f"{experiment.model.name}, {sum(v.size for v in shared.values()):,} shared weights",
+        "Rounds": f"{federation.rounds} of {local} at each site; best after {federated.best_round}",
+        "Quorum, deadline": f"{federation.quorum} updates, {federation.deadline:g} s",
+        "Compression": federation.compression,
+        "Sites from": sites,
+        "Wall clock": f"{seconds:.0f} s",
+        "Machine": machine,
+        "PyTorch": torch.__version__,
+    }
+    if federation.strategy == "fedprox":
+        found["Proximal mu"] = f"{federation.proximal_mu:g}"
+    return found
