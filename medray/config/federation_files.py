@@ -64,7 +64,8 @@ class SitePrivacy(Section):
     required: bool = Field(True, description="refuse runs without differential privacy")
     delta: float = Field(1e-5, gt=0.0, lt=1.0, description="the largest delta that a run may state")
     epsilon_per_run: Positive = Field(3.0, description="the most that one run may spend")
-    epsilon_per_year: Positive = Field(8.0, description="the most that all runs of 365 days may spend together")
+    epsilon_per_year: Positive = Field(8.0, description="the most that all runs of a year may spend together")
+    epsilon_ever: Positive = Field(20.0, description="the most that will ever be spent here")
     least_noise: float = Field(0.3, ge=0.0, allow_inf_nan=False, description="smallest noise multiplier")
     unit: tuple[str, ...] = Field(("record", "patient"), description="what may be protected: record, patient")
     share_fingerprint: bool = Field(
@@ -116,10 +117,11 @@ class SiteConfig(Section):
 
     @model_validator(mode="after")
     def _budgets(self) -> SiteConfig:
-        if self.privacy.epsilon_per_run > self.privacy.epsilon_per_year:
+        limits = self.privacy
+        if not limits.epsilon_per_run <= limits.epsilon_per_year <= limits.epsilon_ever:
             raise ValueError(
-                f"privacy.epsilon_per_run={self.privacy.epsilon_per_run:g} must be at most "
-                f"epsilon_per_year={self.privacy.epsilon_per_year:g}"
+                f"privacy.epsilon_per_run={limits.epsilon_per_run:g}, epsilon_per_year={limits.epsilon_per_year:g} and "
+                f"epsilon_ever={limits.epsilon_ever:g}: each must be at most the next"
             )
         return self
 

@@ -82,9 +82,7 @@ def train_loader(
 class TrainLoader:
     """Iterates over one epoch's batches; :meth:`set_epoch` says which."""
 
-    def __init__(
-        self, batches: _Batches, helpers: Helpers, *, processes: bool, poisson: Poisson | None = None
-    ) -> None:
+    def __init__(self, batches: _Batches, helpers: Helpers, *, processes: bool, poisson: Poisson | None = None) -> None:
         self._batches, self._helpers, self._processes, self._poisson = batches, helpers, processes, poisson
         self._epoch = 0
         self._strength: float | None = None

@@ -100,7 +100,11 @@ def check_private(experiment: Experiment, *, kind: str) -> None:
         return
     train, loss = experiment.train, experiment.loss
     weighted = loss.class_weights is not None and kind == "classification" and loss.name != "bce"
-    over_batch = loss.batch_dice and loss.name in ("dice", "dice_ce", "dice_heteroscedastic", "tversky") and kind == "segmentation"
+    over_batch = (
+        loss.batch_dice
+        and loss.name in ("dice", "dice_ce", "dice_heteroscedastic", "tversky")
+        and kind == "segmentation"
+    )
     precise = train.precision in ("auto", "fp32")
     wrong = [
         (over_batch, "loss.batch_dice=true ties the samples of a batch together", "loss.batch_dice=false"),

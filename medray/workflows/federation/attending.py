@@ -21,11 +21,14 @@ from medray.config.schema import Experiment
 from medray.data.checks import check, require_sound
 from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
-from medray.engines.flower.parcel import Answer, Kind, Parcel
-from medray.errors import FederationError, MedrayError, PolicyError
+from medray.engines.flower.parcel import Kind, Parcel
+from medray.errors import FederationError, MedrayError, PolicyError, PrivacyError
+from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
 from medray.privacy.policy import Request, decide, recipe_digest
-from medray.workflows.federation.site import SiteFolder
+from medray.privacy.rules import check_private
+from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.site import SiteFolder, SiteWorker
 
 __all__ = ["Guard", "attend_federation", "harmonised"]
 
@@ -73,30 +76,33 @@ def attend_federation(
         told("ready: nothing was sent. Take part with: medray federate site site.yaml")
         return
     _limit(rules)
-    guard = Guard(rules, manifest, Audit(rules.audit), folder.open())
+    guard = Guard(rules, manifest, folder)
     attend(line, client_app(lambda _: guard), stop=stop, told=told, poll=poll or POLL_SECONDS)
 
 
 class Guard:
     """Between the line and the site's worker; see :data:`medray.engines.flower.parcel.Answer`."""
 
-    def __init__(self, rules: SiteConfig, manifest: Manifest, audit: Audit, worker: Answer) -> None:
-        self.rules, self.audit, self.worker = rules, audit, worker
+    def __init__(self, rules: SiteConfig, manifest: Manifest, folder: SiteFolder) -> None:
+        self.rules, self.audit, self.task = rules, Audit(rules.audit), manifest.task
         self.patients = len({case.group for case in manifest.cases})
-        audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
+        self.ledger = open_ledger(rules)
+        self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
+        self.worker = SiteWorker(folder, charge=self._charge)
+        self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
         """Answer, if the rules allow it.
 
         Raises:
             PolicyError: they don't.
-            PrivacyError: the audit log can't be written: then nothing is answered.
+            PrivacyError: it would not be private, or over the ledger's budget; or the audit log can't be written.
         """
         what = str(parcel.text.get("ask", kind))[:100]
         about: dict[str, Any] = {"kind": kind, "what": what, "round": _round(parcel)}
         try:
             self._decide(kind, what, parcel, about)
-        except PolicyError as error:
+        except (PolicyError, PrivacyError) as error:
             self.audit.write("refused", **about, reason=str(error))
             raise
         self.audit.write("asked", **about)
@@ -133,7 +139,25 @@ class Guard:
             ) from None
         request = _request(experiment)
         about |= {"recipe": request.recipe, "model": request.model, "strategy": request.strategy}
-        decide(self.rules, request, now=dt.datetime.now(), spent=0.0, patients=self.patients)
+        # Of what this very run reserved, the ledger itself knows; a run that goes on isn't refused for its own past.
+        spent = 0.0 if self._charges.running(request.recipe) else self.ledger.spent(this_year=True).epsilon
+        decide(self.rules, request, now=dt.datetime.now(), spent=spent, patients=self.patients)
+        check_private(experiment, kind=self.task)
+        if experiment.privacy.on and not experiment.privacy.secure:
+            raise PolicyError(
+                f"site {self.rules.name!r} refuses: privacy.secure=false draws noise that can be foretold. Leave it out"
+            )
+        self._recipe = request.recipe
+
+    def _charge(self, plan: PrivacyPlan, steps: int) -> None:
+        """Before each round of private training."""
+        least = self.rules.privacy.least_noise
+        if plan.noise_multiplier < least:
+            raise PolicyError(
+                f"site {self.rules.name!r} refuses: noise multiplier {plan.noise_multiplier:.3g} is less than "
+                f"privacy.least_noise={least:g}. Ask for fewer steps, or smaller batches. Its owner decides, in site.yaml"
+            )
+        self._charges(self._recipe, plan, steps)
 
     def _protected(self, kind: Kind, answer: Parcel) -> Parcel:
         """The answer without what no mechanism has protected, where the site demands protection."""
@@ -227,6 +251,10 @@ def _request(experiment: Experiment) -> Request:
         strategy=federation.strategy,
         rounds=federation.rounds,
         local_epochs=federation.local_epochs,
+        epsilon=experiment.privacy.epsilon,
+        delta=experiment.privacy.delta if experiment.privacy.on else None,
+        noise=experiment.privacy.noise_multiplier,
+        unit=experiment.privacy.unit,
     )
 
 

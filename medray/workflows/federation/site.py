@@ -44,6 +44,9 @@ from medray.workflows.training import new_model, outputs
 
 __all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
 
+Charge = Callable[[PrivacyPlan, int], None]
+"""Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not."""
+
 _NOTHING = ("val/none", "max")
 
 
@@ -93,10 +96,15 @@ class _Bench:
 
 
 class SiteWorker:
-    """Answers the server; see :data:`medray.engines.flower.parcel.Answer`."""
+    """Answers the server; see :data:`medray.engines.flower.parcel.Answer`.
 
-    def __init__(self, folder: SiteFolder) -> None:
-        self.folder = folder
+    Args:
+        folder: of the site.
+        charge: called before each round of private training; None in a simulation, whose sites have no ledger.
+    """
+
+    def __init__(self, folder: SiteFolder, *, charge: Charge | None = None) -> None:
+        self.folder, self._charge = folder, charge
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
         self._bench: _Bench | None = None
@@ -182,6 +190,8 @@ class SiteWorker:
                 batch_size=min(experiment.train.batch_size, units),
                 steps=federation.rounds * len(batches),
             )
+        if self._charge is not None:
+            self._charge(bench.plan, len(batches))
         return PrivateSiteRuntime(
             bench.plan,
             experiment.privacy,
