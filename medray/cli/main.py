@@ -10,7 +10,23 @@ from typing import Annotated, Literal
 import typer
 
 from medray import __version__
-from medray.cli import cache, check, data, doctor, evaluate, models, plan, predict, runs, submit, train, tune
+from medray.cli import (
+    bench,
+    cache,
+    check,
+    compress,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    models,
+    plan,
+    predict,
+    runs,
+    submit,
+    train,
+    tune,
+)
 from medray.errors import MedrayError
 
 app = typer.Typer(
@@ -31,6 +47,9 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("explain")(explain.explain)
+app.command("compress")(compress.compress)
+app.command("bench")(bench.bench)
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)
 app.command("cache")(cache.cache)
