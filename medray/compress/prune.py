@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +68,7 @@ def prune(model: nn.Module, ratio: float, example: Tensor, *, outputs: int, wide
         or (isinstance(layer, nn.Linear) and layer.out_features == outputs)
     ]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the counter prints
             warnings.simplefilter("ignore")
             before = tp.utils.count_ops_and_params(small, example)
             pruner = tp.pruner.BasePruner(

@@ -91,7 +91,7 @@ def explain(
     inner = tuple(slice(0, n) for n in array.shape[1:])
     restored = bundle.restore_map(total[inner], geometry)
     return Explanation(
-        heat=restored / max(float(restored.max()), 1e-12),
+        heat=np.asarray(restored / max(float(restored.max()), 1e-12), dtype=np.float32),
         target=chosen,
         target_name=bundle.spec.classes[chosen],
         method=method,
@@ -166,7 +166,7 @@ def _heat(
         total[window.at] += _window_heat(bundle, member, chosen, window.values, target, method)
         count[window.at] += 1
     heat = total / np.maximum(count, 1)
-    return heat / max(float(heat.max()), 1e-12), chosen.name
+    return np.asarray(heat / max(float(heat.max()), 1e-12), dtype=np.float32), chosen.name
 
 
 def _window_heat(

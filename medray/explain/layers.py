@@ -1,9 +1,10 @@
 """Which layer's maps a class-activation map is made of, for networks of every family.
 
 The rule: the deepest maps, that is the coarsest grid with more than one cell an axis, at the last module that gives
-them. That is the end of the last stage in a classifier and the bottleneck in a U-Net, whose later maps show the answer
-rather than what it rests on (Vinogradova et al. 2020, arXiv:2002.11434). Networks of tokens are told apart by what they
-are made of: their maps are the last block's tokens, laid back on the patches' grid.
+them (an activation where there is one) and is no head. That is the end of the last stage in a classifier and the
+bottleneck in a U-Net, whose later maps show the answer rather than what it rests on (Vinogradova et al. 2020,
+arXiv:2002.11434). Networks of tokens are told apart by what they are made of: their maps are the last block's tokens,
+laid back on the patches' grid.
 """
 
 from __future__ import annotations
@@ -50,30 +51,31 @@ def target_of(model: nn.Module, example: Tensor) -> Target:
     if _is_swin(model):
         last = model.get_submodule("layers")[-1]  # type: ignore[index]
         return Target(name="layers.-1", layer=last, reshape=lambda out: out.movedim(-1, 1))
-    seen: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+    seen: list[tuple[str, nn.Module, tuple[int, ...]]] = []  # with channels and grid
     handles = []
 
     def watch(name: str, module: nn.Module) -> None:
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and _is_map(output, example):
-                seen.append((name, module, tuple(output.shape[2:])))
+                seen.append((name, module, tuple(output.shape[1:])))
 
         handles.append(module.register_forward_hook(look))
 
     for name, module in model.named_modules():
-        if name and any(True for _ in module.parameters()):
+        if name:
             watch(name, module)
     try:
         with torch.no_grad():
-            model(example)
+            outputs = model(example).shape[1]
     finally:
         for handle in handles:
             handle.remove()
-    grids = [grid for _, _, grid in seen if min(grid) > 1]
+    seen = [entry for entry in seen if entry[2][0] != outputs]
+    grids = [shape[1:] for _, _, shape in seen if min(shape[1:]) > 1]
     if not grids:
         raise ModelError(f"{type(model).__name__} has no layer whose maps could be shown on images of {ndim} axes")
     smallest = min(grids, key=math.prod)
-    name, module, _ = next(entry for entry in reversed(seen) if entry[2] == smallest)
+    name, module, _ = next(entry for entry in reversed(seen) if entry[2][1:] == smallest)
     return Target(name=name, layer=module)
 
 

@@ -48,9 +48,11 @@ def widths_of(narrow: nn.Module, wide: nn.Module) -> dict[str, tuple[int, int, i
         mine, theirs = _of(layer), _of(originals[name])
         if mine is not None and mine != theirs:
             found[name] = mine
+    told = {id(narrow.get_submodule(name)) for name in found}
+    layers = dict(narrow.named_modules(remove_duplicate=False))  # some networks hold a layer under two names
     shapes = {name: value.shape for name, value in narrow.state_dict().items()}
     for name, value in wide.state_dict().items():
-        if shapes.get(name) != value.shape and name.rpartition(".")[0] not in found:
+        if shapes.get(name) != value.shape and id(layers.get(name.rpartition(".")[0])) not in told:
             raise ModelError(f"'{name}' changed its shape, but its layer is none that can be rebuilt from its widths")
     return found
 
