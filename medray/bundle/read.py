@@ -65,6 +65,7 @@ class Bundle:
     directory: Path
     spec: BundleSpec
     _predictors: dict[tuple[Any, ...], Predictor] = field(default_factory=dict, repr=False, compare=False)
+    _selections: dict[tuple[Any, ...], Selection] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, directory: Path | str) -> Bundle:
@@ -166,6 +167,7 @@ class Bundle:
                 return self._engine(chosen.engine, device, chosen.precision, threads)
             except MedrayError:  # what was remembered no longer holds (a driver, a library): measure anew
                 chosen = select(self, device=device, precision=precision, threads=threads, fresh=True)
+                self._selections[device, precision, threads] = chosen
                 return self._engine(chosen.engine, device, chosen.precision, threads)
         return self._engine(runtime, device, precision, threads)
 
@@ -189,7 +191,10 @@ class Bundle:
         if runtime != "auto":
             made = self.predictor(runtime, device=device, precision=precision, threads=threads)
             return Selection(engine=runtime, precision=made.precision)
-        return select(self, device=device, precision=precision, threads=threads)
+        key = (device, precision, threads)
+        if key not in self._selections:
+            self._selections[key] = select(self, device=device, precision=precision, threads=threads)
+        return self._selections[key]
 
     def _engine(self, runtime: RuntimeName, device: Device, precision: str | None, threads: int | None) -> Predictor:
         key = (runtime, device, precision or self.spec.precision, threads)
@@ -226,13 +231,13 @@ class Bundle:
 
         Args:
             image: as a reader gives it.
-            predictor: from :meth:`predictor`; None for torch on the CPU.
+            predictor: from :meth:`predictor`; None for torch on the CPU (int8 bundles: ONNX Runtime).
             with_probabilities: segmentation: also give (K, *s), whatever memory it takes.
 
         Raises:
             DataError: the image isn't of the bundle's kind.
         """
-        engine = predictor or self.predictor()
+        engine = predictor or self.predictor("torch" if self.spec.precision == "fp32" else "onnx")
         begin = time.perf_counter()
         array, geometry = self.prepare(image)
         prepared = time.perf_counter()

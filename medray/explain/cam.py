@@ -113,35 +113,39 @@ def _class(bundle: Bundle, target: int | str) -> int:
 
 @dataclass(frozen=True)
 class _Window:
-    """A part of the prepared array, padded at its ends to what the network takes."""
+    """A part of the prepared array, which is padded at its ends to what the network takes."""
 
+    padded: Floats
     at: tuple[slice, ...]
-    whole: tuple[int, ...]
-    values: Tensor
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        return tuple(self.padded.shape[1:])
+
+    @property
+    def values(self) -> Tensor:
+        """(1, C, *window), copied when asked for: all windows together hold the volume many times."""
+        return torch.from_numpy(np.ascontiguousarray(self.padded[(slice(None), *self.at)]))[None]
 
 
 def _windows(bundle: Bundle, array: Floats) -> Iterator[_Window]:
     """The image as a whole, or in the bundle's windows, half overlapping."""
     how = bundle.spec.inference
-    if bundle.spec.kind != "segmentation" or how.patch_size is None:
-        size: Sequence[int] = [-(-n // how.divisor) * how.divisor for n in array.shape[1:]]
-        if bundle.spec.kind != "segmentation":
-            size = array.shape[1:]
-    else:
-        size = how.patch_size
+    size: Sequence[int] = array.shape[1:]
+    if bundle.spec.kind == "segmentation":
+        size = how.patch_size or [-(-n // how.divisor) * how.divisor for n in size]
     padded = np.pad(
         array,
         [(0, 0), *((0, max(0, p - n)) for n, p in zip(array.shape[1:], size, strict=True))],
         constant_values=OUTSIDE,
     )
-    shape = padded.shape[1:]
     starts = [
-        sorted({min(start, n - p) for start in range(0, max(1, n - p + p // 2), max(1, p // 2))})
-        for n, p in zip(shape, size, strict=True)
+        sorted({min(start, n - p) for start in range(0, n - p + max(1, p // 2), max(1, p // 2))})
+        for n, p in zip(padded.shape[1:], size, strict=True)
     ]
     for corner in itertools.product(*starts):
         at = tuple(slice(start, start + p) for start, p in zip(corner, size, strict=True))
-        yield _Window(at, shape, torch.from_numpy(np.ascontiguousarray(padded[(slice(None), *at)]))[None])
+        yield _Window(padded, at)
 
 
 def _answer(bundle: Bundle, network: nn.Module, windows: Sequence[_Window]) -> int:
