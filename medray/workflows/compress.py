@@ -27,6 +27,7 @@ from medray.compress.prune import prune
 from medray.compress.quantize import quantize_dynamic, quantize_static
 from medray.config.compose import build_experiment, compose
 from medray.config.schema import Experiment
+from medray.data.fingerprint import Fingerprint
 from medray.data.loader import train_loader
 from medray.errors import CompressionError, MedrayError
 from medray.learn.losses import build_loss
@@ -199,6 +200,8 @@ def _check(source: Bundle, options: CompressOptions, out: Path) -> None:
         raise CompressionError(f"{source.directory}: does not tell how it was trained (no experiment.yaml)")
     if out.resolve() == source.directory.resolve():
         raise CompressionError(f"{out}: is the bundle itself. Give another folder with -o")
+    if out.exists() and not (out / "bundle.json").is_file() and any(out.iterdir()):
+        raise CompressionError(f"{out}: is a folder with other files. Give another one with -o")
 
 
 def _recipe(source: Bundle, overrides: Sequence[str], work: Path, *, student: str | None = None) -> tuple[Recipe, Any]:
@@ -212,6 +215,12 @@ def _recipe(source: Bundle, overrides: Sequence[str], work: Path, *, student: st
     else:
         tree["model"] = source.spec.members[0].model_dump(mode="json")
     given = compose(None, overrides).explicit
+    for section in ("split", "task", "preprocess"):
+        if section in given:
+            raise CompressionError(
+                f"{section}.…: stays as the bundle was trained by: the cases that validated it judge what is made of "
+                "it, seen alike. Leave it out"
+            )
     for section, value in given.items():
         tree[section] = {**tree.get(section, {}), **value} if isinstance(value, dict) else value
     if (given.get("train") or {}).get("epochs") and "budget" not in given["train"]:
@@ -231,6 +240,14 @@ def _recipe(source: Bundle, overrides: Sequence[str], work: Path, *, student: st
             f"{tree['data']}: {manifest.ndim}-D with {manifest.channels} channel(s) and classes "
             f"{', '.join(manifest.classes)}; the bundle was trained on others. Give its own data with data=..."
         )
+    if "fingerprint.json" in spec.files:
+        then, now = Fingerprint.load(locate(source.directory, "fingerprint.json")), recipe.fingerprint
+        if (then.cases, then.patients) != (now.cases, now.patients):
+            raise CompressionError(
+                f"{tree['data']}: has {now.cases} cases of {now.patients} patients besides the test ones; the bundle "
+                f"was trained with {then.cases} of {then.patients}. Among others, training cases might judge. Give "
+                "the data as they were"
+            )
     return recipe, recipe.experiment()
 
 

@@ -50,6 +50,7 @@ def trained(tmp_path_factory) -> Path:
         configs=[experiment.model],
         golden=golden,
         experiment=experiment,
+        fingerprint=recipe.fingerprint,
     )
     return bundle.directory
 
@@ -138,13 +139,23 @@ def test_settings_out_of_range_are_refused(trained, tmp_path, options, message):
         compress(trained, options, out=tmp_path / "small")
 
 
-def test_other_data_and_its_own_folder_are_refused(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data=phantom://ct-nodule-type?cases=12&size=16"], "trained on others"),
+        (["data=phantom://xray-nodules?cases=30&size=32"], "training cases might judge"),
+        (["split.fold=1"], "split"),
+        (["preprocess.pad_multiple=8"], "preprocess"),
+    ],
+)
+def test_other_cases_than_those_that_validated_are_refused(trained, tmp_path, words, message):
+    with pytest.raises(CompressionError, match=message):
+        compress(trained, CompressOptions(quantize="int8"), words, out=tmp_path / "x")
+
+
+def test_folders_of_other_things_are_refused(trained, tmp_path):
     with pytest.raises(CompressionError, match="is the bundle itself"):
         compress(trained, CompressOptions(quantize="int8"), out=trained)
-    with pytest.raises(CompressionError, match="trained on others"):
-        compress(
-            trained,
-            CompressOptions(quantize="int8"),
-            ["data=phantom://ct-nodule-type?cases=12&size=16"],
-            out=tmp_path / "x",
-        )
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(CompressionError, match="other files"):
+        compress(trained, CompressOptions(quantize="int8"), out=tmp_path)
