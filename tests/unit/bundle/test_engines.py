@@ -94,11 +94,12 @@ def test_a_spoilt_memory_is_measured_again(staged, cache, text):
 
 
 def test_another_machine_or_number_of_threads_measures_for_itself(staged, cache, monkeypatch):
-    bundle = staged(torch={}, onnx={"seconds": 0.01})
+    plans = {"torch": {}, "onnx": {"seconds": 0.01}}
+    bundle = staged(**plans)
     bundle.select(threads=1)
     bundle.select(threads=2)
     monkeypatch.setattr(engines, "_cpu_model", lambda: "another")
-    bundle.select(threads=1)
+    staged(**plans).select(threads=1)
     assert len(list((cache / "engines").iterdir())) == 3
 
 
