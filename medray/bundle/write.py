@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from medray import __version__
-from medray.bundle.card import render_card
+from medray.bundle.card import render_card, render_history
 from medray.bundle.ensemble import combine
 from medray.bundle.export import to_onnx
 from medray.bundle.files import locate, sha256
@@ -183,7 +183,7 @@ def derive(source: Bundle, directory: Path, *, onnx: Path | None = None, history
             save_file({"input": inputs, "logits": np.ascontiguousarray(logits)}, str(partial / GOLDEN_NAME))
         if history:
             with (partial / "card.md").open("a", encoding="utf-8") as card:
-                card.write("\n".join(["\n## Compression\n", *(f"- {line}" for line in history), ""]))
+                card.write(render_history(history))
         seal(partial, source.spec.model_copy(update=changes))
         opened = Bundle.open(partial)
         if onnx is not None:
