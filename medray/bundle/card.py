@@ -96,6 +96,11 @@ def render_card(
     return "\n".join(lines)
 
 
+def render_history(sentences: Sequence[str]) -> str:
+    """What is appended to a card when a bundle is made from another one."""
+    return "\n".join(["\n## Compression\n", *(f"- {_text(sentence)}" for sentence in sentences), ""])
+
+
 def _data(experiment: Experiment | None, fingerprint: Fingerprint | None) -> list[str]:
     lines = []
     if experiment is not None:

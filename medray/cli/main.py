@@ -11,11 +11,14 @@ import typer
 
 from medray import __version__
 from medray.cli import (
+    bench,
     cache,
     check,
+    compress,
     data,
     doctor,
     evaluate,
+    explain,
     federate,
     federate_network,
     models,
@@ -50,6 +53,9 @@ app.command("evaluate")(evaluate.evaluate)
 federate_network.add_to(federate.app)
 app.add_typer(federate.app, name="federate")
 app.add_typer(site.app, name="site")
+app.command("explain")(explain.explain)
+app.command("compress")(compress.compress)
+app.command("bench")(bench.bench)
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)
 app.command("cache")(cache.cache)

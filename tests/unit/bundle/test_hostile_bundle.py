@@ -10,6 +10,7 @@ import pytest
 
 from medray.bundle.read import Bundle
 from medray.bundle.spec import MAX_SPEC_BYTES
+from medray.bundle.write import derive
 from medray.errors import BundleError
 
 
@@ -84,6 +85,11 @@ def test_altered_files_are_refused(bundle_dir, name, harm):
         lambda tree: tree["inference"].update(overlap=1.0),
         lambda tree: tree.update(thresholds=[0.5, 0.5, 0.5]),
         lambda tree: tree.update(members=[]),
+        lambda tree: tree.update(precision="int1"),
+        lambda tree: tree.update(pruned={"first": [1, 0, 1]}),
+        lambda tree: tree.update(pruned={"first": [1, 10**9, 1]}),
+        lambda tree: tree.update(pruned={"first": [1, 2, 1]}, members=tree["members"] * 2),
+        lambda tree: tree.update(history=["x" * 30_000]),
         lambda tree: tree["files"].pop("weights/member-0.safetensors"),
         lambda tree: tree["files"]["card.md"].update(sha256="x"),
         lambda tree: tree["files"]["card.md"].update(bytes=-1),
@@ -114,6 +120,21 @@ def test_weights_of_another_network_are_refused(bundle_dir):
     edit(bundle_dir, lambda tree: tree["members"][0].update(feature_size=8))
     with pytest.raises(BundleError, match="not weights of 'tiny'"):
         Bundle.open(bundle_dir).predictor()
+
+
+@pytest.mark.parametrize("pruned", [{"nowhere": [1, 1, 1]}, {"first": [1, 8, 1]}, {"first": [1, 2, 1]}])
+def test_widths_that_do_not_belong_are_refused(bundle_dir, pruned):
+    edit(bundle_dir, lambda tree: tree.update(pruned=pruned))
+    with pytest.raises(BundleError, match="not weights of 'tiny'"):
+        Bundle.open(bundle_dir).predictor()
+
+
+def test_names_and_reasons_cannot_break_a_derived_card(bundle_dir, tmp_path):
+    made = derive(Bundle.open(bundle_dir), tmp_path / "made", history=["From <script>\n# big"])
+    assert made.spec.history == ("From <script>\n# big",)
+    card = (made.directory / "card.md").read_text()
+    assert "<script>" not in card and "\n# big" not in card and "## Compression" in card
+    assert Bundle.open(bundle_dir).spec.history == ()
 
 
 def test_a_file_that_is_no_safetensors_is_refused(bundle_dir):
