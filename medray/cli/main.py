@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from medray import __version__
-from medray.cli import cache, check, data, doctor, evaluate, models, plan, predict, runs, submit, train, tune
+from medray.cli import cache, check, data, doctor, evaluate, models, plan, predict, runs, serve, submit, train, tune
 from medray.errors import MedrayError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("models")(models.models)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)
