@@ -5,33 +5,39 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from medray.bundle.engines import (
+    ONNX_NAME,
+    Device,
+    RuntimeChoice,
+    RuntimeName,
+    Selection,
+    make_predictor,
+    runtimes_here,
+    select,
+)
 from medray.bundle.ensemble import combine
 from medray.bundle.files import check_files, locate
 from medray.bundle.spec import BundleSpec
-from medray.bundle.verify import check_golden
 from medray.data.image import Image
 from medray.data.preprocess import Geometry, Preprocessor
-from medray.errors import BundleError, DataError
+from medray.errors import BundleError, DataError, MedrayError
 from medray.models.catalogue import build_model
 from medray.predict.calibration import temper
-from medray.predict.onnx_runtime import OnnxPredictor
 from medray.predict.postprocess import decide, keep_largest
 from medray.predict.predictor import Floats, Precision, Predictor, probabilities
 from medray.predict.sliding import classify, segment, segment_labels
-from medray.predict.torch_runtime import TorchPredictor
+
+__all__ = ["GOLDEN_NAME", "ONNX_NAME", "Bundle", "Prediction", "RuntimeChoice", "RuntimeName", "Selection"]
 
 GOLDEN_NAME = "golden.safetensors"
-ONNX_NAME = "model.onnx"
 MEMORY_LIMIT = 4 << 30
 """Bytes of class probabilities that one answer may hold at once; beyond, labels are taken slab by slab."""
-
-RuntimeName = Literal["torch", "onnx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +83,8 @@ class Bundle:
 
     @property
     def runtimes(self) -> tuple[RuntimeName, ...]:
-        """What this bundle has files for."""
-        return ("torch", "onnx") if ONNX_NAME in self.spec.files else ("torch",)
+        """What this bundle has files for and this machine has the library of."""
+        return runtimes_here(self)
 
     def model(self) -> nn.Module:
         """The network (or the ensemble as one) with its weights, on the CPU, in evaluation mode.
@@ -132,39 +138,60 @@ class Bundle:
 
     def predictor(
         self,
-        runtime: RuntimeName = "torch",
+        runtime: RuntimeChoice = "torch",
         *,
-        device: Literal["cpu", "cuda"] = "cpu",
-        precision: Precision = "fp32",
+        device: Device = "cpu",
+        precision: Precision | None = None,
         threads: int | None = None,
     ) -> Predictor:
         """An engine that has just reproduced the golden outputs here. The same arguments give the same engine.
 
         Args:
-            runtime: torch or onnx.
+            runtime: torch, onnx, openvino, tensorrt; auto for the one that :meth:`select` chooses.
             device: cpu or cuda.
-            precision: torch's autocast; ONNX is fp32.
-            threads: of ONNX Runtime; None for all usable CPUs. (torch's are the process's own.)
+            precision: of the arithmetic; None for the bundle's own (fp32 or int8), and with auto for any.
+            threads: of ONNX Runtime and OpenVINO; None for all usable CPUs. (torch's are the process's own.)
 
         Raises:
             BundleError: the bundle lacks this runtime's file, or the golden outputs are not reproduced.
-            ModelError: the device isn't there.
+            ModelError: device or precision aren't to be had here.
+            MissingDependencyError: the runtime isn't installed.
         """
-        key = (runtime, device, precision, threads)
+        if runtime == "auto":
+            chosen = self.select(runtime, device=device, precision=precision, threads=threads)
+            try:
+                return self._engine(chosen.engine, device, chosen.precision, threads)
+            except MedrayError:  # what was remembered no longer holds (a driver, a library): measure anew
+                chosen = select(self, device=device, precision=precision, threads=threads, fresh=True)
+                return self._engine(chosen.engine, device, chosen.precision, threads)
+        return self._engine(runtime, device, precision, threads)
+
+    def select(
+        self,
+        runtime: RuntimeChoice = "auto",
+        *,
+        device: Device = "cpu",
+        precision: Precision | None = None,
+        threads: int | None = None,
+    ) -> Selection:
+        """Which engine :meth:`predictor` gives for these arguments, in which precision, and why not another.
+
+        ``auto`` measures the engines that are here with the golden inputs and keeps the fastest that agrees with the
+        golden outputs (see :mod:`medray.bundle.verify`). The choice is remembered for this machine, in the user's
+        cache.
+
+        Raises:
+            BundleError: no engine agrees.
+        """
+        if runtime != "auto":
+            made = self.predictor(runtime, device=device, precision=precision, threads=threads)
+            return Selection(engine=runtime, precision=made.precision)
+        return select(self, device=device, precision=precision, threads=threads)
+
+    def _engine(self, runtime: RuntimeName, device: Device, precision: str | None, threads: int | None) -> Predictor:
+        key = (runtime, device, precision or self.spec.precision, threads)
         if key not in self._predictors:
-            made: Predictor
-            if runtime == "torch":
-                made = TorchPredictor(self.model(), device=device, precision=precision)
-            elif runtime not in self.runtimes:
-                raise BundleError(
-                    f"{self.directory}: holds nothing for runtime {runtime!r}. Use one of {', '.join(self.runtimes)}"
-                )
-            elif precision != "fp32":
-                raise BundleError(f"the ONNX file computes in fp32, not {precision}. Use runtime=torch for {precision}")
-            else:
-                made = OnnxPredictor(locate(self.directory, ONNX_NAME), threads=threads, provider=device)
-            check_golden(made, *self.golden(), self.spec.kind)
-            self._predictors[key] = made
+            self._predictors[key] = make_predictor(self, runtime, device=device, precision=precision, threads=threads)
         return self._predictors[key]
 
     def prepare(self, image: Image) -> tuple[Floats, Geometry]:

@@ -77,6 +77,9 @@ class BundleSpec(_Part):
     files: dict[Inside, FileEntry] = Field(max_length=256)
     metrics: dict[str, float | None] = Field(default_factory=dict, max_length=1000)
     versions: dict[str, str] = Field(default_factory=dict, max_length=100)
+    precision: Literal["fp32", "int8"] = Field(
+        "fp32", description="of the ONNX file; int8: the torch twin only explains"
+    )
     golden: Literal["data", "synthetic"] = Field("synthetic", description="where the golden inputs come from")
     intended_use: Text = INTENDED_USE
     created: str = Field("", max_length=64, description="ISO 8601, UTC")

@@ -63,7 +63,7 @@ class OnnxPredictor:
         try:
             self._session: Any = ort.InferenceSession(str(path), options, providers=[wanted])
         except Exception as error:
-            raise BundleError(f"{path}: ONNX Runtime can't load it ({_first_line(error)})") from error
+            raise BundleError(f"{path}: ONNX Runtime can't load it ({first_line(error)})") from error
         if provider != "cpu" and self._session.get_providers()[0] != wanted:
             raise ModelError(
                 f"ONNX Runtime could not start {wanted} and fell back. Check the driver, or use provider=cpu"
@@ -81,9 +81,10 @@ class OnnxPredictor:
         try:
             (logits,) = self._session.run(None, {self._input: np.ascontiguousarray(batch, dtype=np.float32)})
         except Exception as error:
-            raise ModelError(f"ONNX Runtime refuses a batch of shape {batch.shape}: {_first_line(error)}") from error
+            raise ModelError(f"ONNX Runtime refuses a batch of shape {batch.shape}: {first_line(error)}") from error
         return np.asarray(logits, dtype=np.float32)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an engine's complaint, what a user may read."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Kind = Literal["classification", "multilabel", "segmentation"]
 
 Callback = Callable[[Floats], Floats]
@@ -24,7 +24,7 @@ class Predictor(Protocol):
 
     @property
     def name(self) -> str:
-        """The runtime's name: torch, onnx, …"""
+        """The runtime's name: torch, onnx, openvino, tensorrt"""
 
     @property
     def precision(self) -> str:

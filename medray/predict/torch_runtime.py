@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medray.errors import ModelError
-from medray.predict.predictor import Floats, Precision
+from medray.predict.predictor import Floats
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +29,7 @@ class TorchPredictor:
 
     name = "torch"
 
-    def __init__(self, model: nn.Module, *, device: torch.device | str = "cpu", precision: Precision = "fp32") -> None:
+    def __init__(self, model: nn.Module, *, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         if precision not in ("fp32", *_AUTOCAST):
             raise ModelError(f"precision {precision!r} is none of fp32, bf16, fp16. Choose one of these")
         self.device = torch.device(device)
