@@ -10,7 +10,22 @@ from typing import Annotated, Literal
 import typer
 
 from medray import __version__
-from medray.cli import cache, check, data, doctor, evaluate, models, plan, predict, runs, serve, submit, train, tune
+from medray.cli import (
+    cache,
+    check,
+    data,
+    doctor,
+    evaluate,
+    keys,
+    models,
+    plan,
+    predict,
+    runs,
+    serve,
+    submit,
+    train,
+    tune,
+)
 from medray.errors import MedrayError
 
 app = typer.Typer(
@@ -31,6 +46,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
 app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.command("evaluate")(evaluate.evaluate)
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)

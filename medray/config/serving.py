@@ -33,9 +33,13 @@ class ModelEntry(Section):
 
     versions: dict[Name, VersionConfig] = Field(min_length=1, max_length=32)
     runtime: Literal["auto", "torch", "onnx", "openvino", "tensorrt"] = Field(
-        "onnx", description="what computes; it reproduces the bundle's golden outputs before the first answer"
+        "auto",
+        description="what computes; it reproduces the bundle's golden outputs before the first answer. auto: the "
+        "fastest here that does, measured once",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "int8"] | None = Field(
+        None, description="of the arithmetic; null: the bundle's own, and with auto any that agrees"
+    )
 
     @model_validator(mode="after")
     def _somewhere(self) -> ModelEntry:

@@ -108,3 +108,42 @@ def _ended_by_signals(over: threading.Event) -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def add_key(
+    path: Path, name: str, scopes: Sequence[str], *, requests_per_minute: int | None = None, days: int | None = None
+) -> str:
+    """Add an API key to a file, which is made where there is none; the key, which is nowhere else.
+
+    Raises:
+        ServingError: an unknown scope, or the file can't be used.
+    """
+    from medray.engines.ray.serve import keys
+
+    unknown = sorted(set(scopes) - set(keys.SCOPES))
+    if unknown:
+        raise ServingError(f"no scope {', '.join(unknown)}; there are {', '.join(keys.SCOPES)}")
+    wanted = tuple(scope for scope in keys.SCOPES if scope in scopes)
+    return keys.add_key(path, name, wanted, requests_per_minute=requests_per_minute, days=days)
+
+
+def list_keys(path: Path) -> list[dict[str, Any]]:
+    """What may be shown of a file's keys.
+
+    Raises:
+        ServingError: the file can't be used.
+    """
+    from medray.engines.ray.serve import keys
+
+    return [keys.shown(key) for key in keys.load_keys(path)]
+
+
+def revoke_key(path: Path, which: str) -> int:
+    """Take back the key of this id, or all of this name; how many.
+
+    Raises:
+        ServingError: there is none, or the file can't be used.
+    """
+    from medray.engines.ray.serve import keys
+
+    return keys.revoke_key(path, which)

@@ -249,14 +249,14 @@ class Fleet:
             digest = hashlib.sha256((Path(directory) / MANIFEST_NAME).read_bytes()).hexdigest()
         except OSError:
             digest = ""  # opening it will say what is wrong
-        return directory, digest, entry.runtime, entry.precision
+        return directory, digest, entry.runtime, entry.precision or ""
 
     def _open(
         self, model: str, version: str, entry: ModelEntry, directory: str, share: float, identity: Identity
     ) -> Version:
         bundle = Bundle.open(directory)
-        options: dict[str, Any] = {"threads": self._threads, "precision": entry.precision}
-        engine = bundle.predictor(entry.runtime, **options)  # type: ignore[arg-type]
+        selected = bundle.select(entry.runtime, precision=entry.precision, threads=self._threads)
+        engine = bundle.predictor(entry.runtime, precision=entry.precision, threads=self._threads)
         fingerprint = None
         if _FINGERPRINT in bundle.spec.files:
             fingerprint = Fingerprint.load(locate(bundle.directory, _FINGERPRINT))
@@ -264,7 +264,7 @@ class Fleet:
             "model": {"name": model, "version": version, "bundle": bundle.spec.name, "created": bundle.spec.created},
             "engine": engine.name,
             "precision": engine.precision,
-            "fallback_reason": getattr(engine, "fallback_reason", None),
+            "fallback_reason": selected.fallback_reason,
         }
         return Version(
             model=model,
