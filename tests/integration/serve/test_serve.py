@@ -207,9 +207,8 @@ def test_mutated_bodies_cost_no_more_than_a_refusal(server: Any) -> None:
 def test_a_killed_replica_is_replaced_and_the_client_has_its_answer(server: Any, client: Any, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     before = client.predict(tmp_path / "a.png")
-    (replica,) = [
-        p for p in processes(server) if "Replica" in " ".join(p.cmdline()) and "ray::" in " ".join(p.cmdline())
-    ]
+    names = {process: " ".join(process.cmdline()) for process in processes(server)}
+    (replica,) = [process for process, name in names.items() if "ray::" in name and "Replica" in name]
     os.kill(replica.pid, signal.SIGKILL)
     patient = medray.Client(server.url, server.key, patience=150.0)
     after = patient.predict(tmp_path / "a.png")

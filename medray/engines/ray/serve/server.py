@@ -22,6 +22,8 @@ _QUICK = {
     # A killed proxy is missed, and another started, within seconds; as Ray comes it takes half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
+    # On a loaded machine a proxy needs longer to start than the 5 s after which Ray kills it, and begins anew.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 _NAME = "medray"
@@ -81,10 +83,14 @@ def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *,
         scheme = "https" if security.certificate is not None else "http"
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"{scheme}://{host}:{config.port}"
+    except Exception as error:
+        reason = _reason(error)
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        raise ServingError(f"the server did not come up: {reason}") from error
+    try:
         logs.event("serving", url=url, models=list(config.models))
         yield url
-    except RuntimeError as error:
-        raise ServingError(f"the server did not come up: {_reason(error)}") from error
     finally:
         with contextlib.suppress(Exception):
             serve.shutdown()
