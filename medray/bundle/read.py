@@ -26,8 +26,9 @@ from medray.bundle.files import check_files, locate
 from medray.bundle.spec import BundleSpec
 from medray.data.image import Image
 from medray.data.preprocess import Geometry, Preprocessor
-from medray.errors import BundleError, DataError, MedrayError
+from medray.errors import BundleError, DataError, MedrayError, ModelError
 from medray.models.catalogue import build_model
+from medray.models.narrow import narrow_to
 from medray.predict.calibration import temper
 from medray.predict.postprocess import decide, keep_largest
 from medray.predict.predictor import Floats, Precision, Predictor, probabilities
@@ -107,8 +108,10 @@ class Bundle:
             )
             path = locate(self.directory, name)
             try:
+                if spec.pruned is not None:
+                    narrow_to(member, spec.pruned)
                 load_model(member, str(path), strict=True)
-            except (RuntimeError, SafetensorError, KeyError, ValueError) as error:
+            except (ModelError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
                 first = (str(error).strip().splitlines() or ["?"])[0][:300]
                 raise BundleError(
                     f"{path}: these are not weights of {config.name!r} as configured ({first})"
@@ -211,6 +214,10 @@ class Bundle:
     @property
     def _preprocessor(self) -> Preprocessor:
         return Preprocessor(self.spec.preprocess, ndim=self.spec.ndim, channels=self.spec.channels)
+
+    def restore_map(self, values: Floats, geometry: Geometry) -> Floats:
+        """A map (*s) on the prepared grid, linearly back to the image's own: (*o) float32, 0 where it was cropped."""
+        return self._preprocessor.restore(values[None], geometry)[0]
 
     def predict(
         self, image: Image, predictor: Predictor | None = None, *, with_probabilities: bool = False

@@ -31,6 +31,7 @@ def _inside(name: str) -> str:
 Inside = Annotated[str, AfterValidator(_inside)]
 Text = Annotated[str, Field(max_length=20_000)]
 Size = Annotated[int, Field(ge=1, le=65_536)]
+Layer = Annotated[str, Field(min_length=1, max_length=300)]
 
 
 class _Part(BaseModel):
@@ -80,6 +81,10 @@ class BundleSpec(_Part):
     precision: Literal["fp32", "int8"] = Field(
         "fp32", description="of the ONNX file; int8: the torch twin only explains"
     )
+    pruned: dict[Layer, tuple[Size, Size, Size]] | None = Field(
+        None, max_length=20_000, description="inputs, outputs and groups of layers that were cut (one member only)"
+    )
+    history: tuple[Text, ...] = Field((), max_length=64, description="how it was compressed, a sentence a step")
     golden: Literal["data", "synthetic"] = Field("synthetic", description="where the golden inputs come from")
     intended_use: Text = INTENDED_USE
     created: str = Field("", max_length=64, description="ISO 8601, UTC")
@@ -98,6 +103,8 @@ class BundleSpec(_Part):
             raise ValueError(f"inference.flip_axes {self.inference.flip_axes} must be below ndim={self.ndim}")
         if (self.thresholds is not None) and (self.kind != "multilabel" or len(self.thresholds) != len(self.classes)):
             raise ValueError("thresholds belong to multilabel bundles, one for each class")
+        if self.pruned is not None and len(self.members) != 1:
+            raise ValueError("a pruned bundle has one member")
         if self.kind == "segmentation" and len(self.classes) > 255:
             raise ValueError(f"{len(self.classes)} classes; a label map holds at most 255 (255 itself means ignore)")
         if self.kind != "multilabel" and len(self.classes) < 2:

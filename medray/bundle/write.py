@@ -20,7 +20,7 @@ from medray import __version__
 from medray.bundle.card import render_card
 from medray.bundle.ensemble import combine
 from medray.bundle.export import to_onnx
-from medray.bundle.files import sha256
+from medray.bundle.files import locate, sha256
 from medray.bundle.read import GOLDEN_NAME, ONNX_NAME, Bundle
 from medray.bundle.spec import INTENDED_USE, MANIFEST_NAME, BundleSpec, FileEntry, InferenceSpec
 from medray.bundle.verify import check_golden
@@ -29,6 +29,7 @@ from medray.data.fingerprint import Fingerprint
 from medray.data.image import Modality
 from medray.data.manifest import TaskKind
 from medray.errors import BundleError
+from medray.models.narrow import Widths
 from medray.predict.onnx_runtime import OnnxPredictor
 from medray.predict.predictor import Floats
 from medray.predict.torch_runtime import TorchPredictor
@@ -58,6 +59,7 @@ def write_bundle(
     notes: Sequence[str] = (),
     intended_use: str = INTENDED_USE,
     onnx: bool = True,
+    pruned: Widths | None = None,
 ) -> Bundle:
     """Write ``directory`` in one step: it appears complete and checked, or stays what it was.
 
@@ -76,6 +78,7 @@ def write_bundle(
         notes: limits to be named in the card, one sentence each.
         intended_use: until an owner changes it, research only.
         onnx: False leaves ONNX out, for networks that the exporter refuses.
+        pruned: widths of the layers of the one model that are smaller than its config says.
 
     Returns:
         The bundle, opened.
@@ -121,6 +124,7 @@ def write_bundle(
             files={},
             metrics=dict(metrics or {}),
             versions=_versions(),
+            pruned=None if pruned is None else dict(pruned),
             golden="synthetic" if golden is None else "data",
             intended_use=intended_use,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -134,6 +138,56 @@ def write_bundle(
         check_golden(TorchPredictor(opened.model()), inputs, logits, kind)
         if onnx:
             check_golden(OnnxPredictor(partial / ONNX_NAME), inputs, logits, kind)
+        _replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Bundle.open(directory)
+
+
+def derive(source: Bundle, directory: Path, *, onnx: Path | None = None, history: Sequence[str] = ()) -> Bundle:
+    """A bundle like ``source``, in one step: with an int8 ONNX file where one is given, and more of a history.
+
+    An int8 file has golden logits of its own, by ONNX Runtime. The torch twin stays, for explanations.
+
+    Args:
+        source: is left as it is.
+        directory: the new bundle; an older one there is replaced.
+        onnx: a quantised file of the same input and output.
+        history: sentences for ``bundle.json`` and the card.
+
+    Raises:
+        BundleError: the file can't be run or gives something else than logits, or ``directory`` is no bundle.
+    """
+    from safetensors.numpy import save_file
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name in source.spec.files:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(locate(source.directory, name), partial / name)
+        changes: dict[str, object] = {
+            "history": (*source.spec.history, *history),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": _versions(),
+        }
+        if onnx is not None:
+            shutil.copyfile(onnx, partial / ONNX_NAME)
+            changes["precision"] = "int8"
+            inputs, before = source.golden()
+            engine = OnnxPredictor(partial / ONNX_NAME, precision="int8")
+            # One at a time, as a clinic's images come: quantisation by the batch (dynamic) sees the others.
+            logits = np.concatenate([engine(inputs[index : index + 1]) for index in range(len(inputs))])
+            if logits.shape != before.shape or not np.isfinite(logits).all():
+                raise BundleError(f"{onnx}: gives {logits.shape} or values that are not finite, not {before.shape}")
+            save_file({"input": inputs, "logits": np.ascontiguousarray(logits)}, str(partial / GOLDEN_NAME))
+        if history:
+            with (partial / "card.md").open("a", encoding="utf-8") as card:
+                card.write("\n".join(["\n## Compression\n", *(f"- {line}" for line in history), ""]))
+        seal(partial, source.spec.model_copy(update=changes))
+        opened = Bundle.open(partial)
+        if onnx is not None:
+            check_golden(OnnxPredictor(partial / ONNX_NAME, precision="int8"), *opened.golden(), opened.spec.kind)
         _replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -20,7 +20,9 @@ def evaluate(
     split: Annotated[
         Literal["auto", "all", "train", "val", "test"], typer.Option(help="Which cases; auto: the test ones if marked.")
     ] = "auto",
-    runtime: Annotated[Literal["torch", "onnx"], typer.Option(help="What computes.")] = "onnx",
+    runtime: Annotated[
+        Literal["auto", "torch", "onnx", "openvino", "tensorrt"], typer.Option(help="What computes.")
+    ] = "onnx",
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
 ) -> None:
     """Score a bundle on any labelled data, with 95 % intervals over patients; with --compare, two of them pairwise."""

@@ -11,11 +11,14 @@ import typer
 
 from medray import __version__
 from medray.cli import (
+    bench,
     cache,
     check,
+    compress,
     data,
     doctor,
     evaluate,
+    explain,
     keys,
     models,
     plan,
@@ -48,6 +51,9 @@ app.command("predict")(predict.predict)
 app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
 app.command("evaluate")(evaluate.evaluate)
+app.command("explain")(explain.explain)
+app.command("compress")(compress.compress)
+app.command("bench")(bench.bench)
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)
 app.command("cache")(cache.cache)

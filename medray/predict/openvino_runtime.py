@@ -74,6 +74,8 @@ class OpenVinoPredictor:
             self._compiled: Any = core.compile_model(core.read_model(str(path)), "CPU", options)
         except Exception as error:
             raise BundleError(f"{path}: OpenVINO can't load it ({first_line(error)})") from error
+        shape = self._compiled.input(0).get_partial_shape()
+        self._axes = tuple(axis.get_length() if axis.is_static else None for axis in shape)
         self._local = threading.local()
 
     def __call__(self, batch: Floats) -> Floats:
@@ -82,6 +84,11 @@ class OpenVinoPredictor:
         Raises:
             ModelError: the shape isn't one that the model takes.
         """
+        # By itself it computes something of an image with too many channels, now and then.
+        if batch.ndim != len(self._axes) or any(
+            want is not None and want != have for want, have in zip(self._axes, batch.shape, strict=True)
+        ):
+            raise ModelError(f"OpenVINO refuses a batch of shape {batch.shape}: the model takes {self._axes}")
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._compiled.create_infer_request()

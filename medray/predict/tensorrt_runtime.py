@@ -62,7 +62,7 @@ class TensorRtPredictor:
         if not Path(path).is_file():
             raise BundleError(f"{path}: no such ONNX file. Write the bundle anew, or use runtime=torch")
         self.precision, self.shape = precision, tuple(int(n) for n in shape)
-        self._device = torch.device("cuda", device)
+        self._device = _gpu(device)
         self._logger: Any = trt.Logger(trt.Logger.ERROR)
         plan = _plan(trt, self._logger, Path(path), self.shape, precision, cache, self._device)
         self._engine: Any = trt.Runtime(self._logger).deserialize_cuda_engine(plan)
@@ -96,7 +96,7 @@ class TensorRtPredictor:
         return np.concatenate(parts)
 
     def _run(self, array: Floats) -> Floats:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):  # PyTorch owns all memory; TensorRT is given addresses
             given = torch.from_numpy(np.array(array)).to(self._device)
             if not self._context.set_input_shape(self._input, tuple(given.shape)):
                 raise ModelError(f"TensorRT refuses a batch of shape {tuple(given.shape)}")
@@ -108,6 +108,10 @@ class TensorRtPredictor:
                 raise ModelError("TensorRT failed to run the engine; its own log has the reason")
             self._stream.synchronize()
             return found.cpu().numpy()
+
+
+def _gpu(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 def _plan(

@@ -16,6 +16,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from medray.bundle.engines import Selection
 from medray.data.writers.atomic import appearing
 from medray.errors import MedrayError, ServingError
 from medray.workflows.inputs import Input, expand
@@ -203,6 +204,9 @@ def predict_by_server(
     summary = PredictionSummary(
         bundle=served["bundle"],
         runtime=f"{served['engine']} {served['precision']} at {url}",
+        selection=Selection(
+            engine=served["engine"], precision=served["precision"], fallback_reason=served["fallback_reason"]
+        ),
         intended_use=served["intended_use"],
         directory=out_dir,
         answers=tuple(answers),

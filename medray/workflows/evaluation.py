@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medray.bundle.read import Bundle, RuntimeName
+from medray.bundle.read import Bundle, RuntimeChoice
 from medray.data.image import Image, Mask
 from medray.data.layouts import build_manifest
 from medray.data.manifest import IGNORE, Case, Manifest, Split, TaskKind
@@ -101,7 +101,7 @@ def evaluate(
     bundle: Bundle | Path | str,
     data: str | Manifest,
     *,
-    runtime: RuntimeName = "torch",
+    runtime: RuntimeChoice = "torch",
     device: Literal["cpu", "cuda"] = "cpu",
     compare: Bundle | Path | str | None = None,
     split: Split | Literal["auto", "all"] = "auto",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medray.bundle.read import Bundle, Prediction, RuntimeName
+from medray.bundle.read import Bundle, Prediction, RuntimeChoice, Selection
 from medray.bundle.spec import BundleSpec
 from medray.data.image import Image
 from medray.data.manifest import Case
@@ -47,10 +47,16 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSummary:
-    """All answers of one call; ``exit_code`` is 1 where any image failed."""
+    """All answers of one call; ``exit_code`` is 1 where any image failed.
+
+    Attributes:
+        runtime: the engine that answered, and its precision.
+        selection: why it was that one.
+    """
 
     bundle: str
     runtime: str
+    selection: Selection
     intended_use: str
     directory: Path
     answers: tuple[Answer, ...]
@@ -70,10 +76,10 @@ def predict_files(
     bundle_dir: Path | str,
     inputs: Sequence[str | Path],
     out_dir: Path,
-    runtime: RuntimeName = "torch",
+    runtime: RuntimeChoice = "torch",
     *,
     device: Literal["cpu", "cuda"] = "cpu",
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     threads: int | None = None,
     overlays: bool = False,
     progress: Progress | None = None,
@@ -87,10 +93,11 @@ def predict_files(
         bundle_dir: of the bundle.
         inputs: files, folders, globs, or references as readers take them.
         out_dir: is made; files of the same names are replaced.
-        runtime: torch or onnx; it reproduces the golden outputs before the first answer.
+        runtime: torch, onnx, openvino or tensorrt; auto for the fastest here. It reproduces the golden outputs before
+            the first answer.
         device: cpu or cuda.
-        precision: torch's.
-        threads: ONNX Runtime's; None for all usable CPUs.
+        precision: of the arithmetic; None for the bundle's own, and with auto for any.
+        threads: ONNX Runtime's and OpenVINO's; None for all usable CPUs.
         overlays: beside each PNG mask of a picture, the picture with the mask drawn on it.
         progress: called after each image.
 
@@ -101,6 +108,7 @@ def predict_files(
     bundle = Bundle.open(bundle_dir)
     listed = expand([str(item) for item in inputs], ndim=bundle.spec.ndim, channels=bundle.spec.channels)
     predictor = bundle.predictor(runtime, device=device, precision=precision, threads=threads)
+    selection = bundle.select(runtime, device=device, precision=precision, threads=threads)
     out_dir.mkdir(parents=True, exist_ok=True)
     answers = []
     for count, item in enumerate(listed, start=1):
@@ -118,6 +126,7 @@ def predict_files(
     summary = PredictionSummary(
         bundle=bundle.spec.name,
         runtime=f"{predictor.name} {predictor.precision}",
+        selection=selection,
         intended_use=bundle.spec.intended_use,
         directory=out_dir,
         answers=tuple(answers),

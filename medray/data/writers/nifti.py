@@ -31,7 +31,22 @@ def write_labels(path: Path, labels: npt.NDArray[np.integer[Any]], image: Image,
         raise DataError(f"{path}: labels of shape {labels.shape} for an image of {image.shape}; they must be alike")
     affine, turned = to_original(labels, image)
     largest = int(turned.max(initial=0))
-    stored = np.asarray(turned, dtype=np.uint8 if largest < 256 else np.int16 if largest < 2**15 else np.int32)
+    _save(path, affine, turned.astype(np.uint8 if largest < 256 else np.int16 if largest < 2**15 else np.int32), note)
+
+
+def write_map(path: Path, values: npt.NDArray[np.floating[Any]], image: Image, *, note: str = "") -> None:
+    """Write ``values`` (*s) as float32, voxel on voxel on the file that ``image`` was read from; else as labels are.
+
+    Raises:
+        DataError: values of another shape than the image.
+    """
+    if values.shape != image.shape:
+        raise DataError(f"{path}: values of shape {values.shape} for an image of {image.shape}; they must be alike")
+    affine, turned = to_original(values, image)
+    _save(path, affine, turned.astype(np.float32), note)
+
+
+def _save(path: Path, affine: npt.NDArray[np.float64], stored: npt.NDArray[Any], note: str) -> None:
     nifti = nib.Nifti1Image(np.ascontiguousarray(stored), affine)
     nifti.header.set_xyzt_units("mm")
     # Both transforms with code 1 (scanner coordinates), so that programs that trust only one of them agree; a sheared

@@ -75,6 +75,45 @@ def overlay(
     return np.rint(base * (1 - weight) + tint * weight).astype(np.uint8)
 
 
+def write_heat(path: Path, image: Image, heat: npt.NDArray[np.float32], *, note: str = "") -> None:
+    """Write a picture with a heat map (*s), 0 to 1, laid over it; of a volume the three slices through its hottest
+    voxel, side by side, each with its axes in proportion."""
+    if heat.shape != image.shape:
+        raise DataError(f"{path}: heat of shape {heat.shape} for an image of {image.shape}; they must be alike")
+    if image.ndim == 2:
+        return _save(Pillow.fromarray(heat_overlay(image.array, heat)), path, note)
+    hottest = np.unravel_index(int(heat.argmax()), heat.shape)
+    spacing = image.spacing or (1.0, 1.0, 1.0)
+    tiles = []
+    for axis in (2, 1, 0):
+        drawn = heat_overlay(np.take(image.array, hottest[axis], axis + 1), np.take(heat, hottest[axis], axis))
+        across, up = (a for a in range(3) if a != axis)
+        tile = Pillow.fromarray(np.ascontiguousarray(np.rot90(drawn)))  # superior or anterior upwards
+        size = (round(heat.shape[across] * spacing[across]), round(heat.shape[up] * spacing[up]))
+        scale = 256 / max(1, size[1])
+        tiles.append(tile.resize((max(1, round(size[0] * scale)), 256), Pillow.Resampling.BILINEAR))
+    canvas = Pillow.new("RGB", (sum(tile.width for tile in tiles), 256))
+    left = 0
+    for tile in tiles:
+        canvas.paste(tile, (left, 0))
+        left += tile.width
+    _save(canvas, path, note)
+
+
+def heat_overlay(
+    array: npt.NDArray[np.float32], heat: npt.NDArray[np.float32], *, opacity: float = 0.5
+) -> npt.NDArray[np.uint8]:
+    """Lay heat (H, W), 0 to 1, over (C, H, W): (H, W, 3) uint8. From black over red and orange to white, and the
+    stronger the hotter, so that what is cold shows the picture alone."""
+    shown = array if len(array) == 3 else np.repeat(array[:1], 3, axis=0)
+    low, high = np.percentile(shown, [1, 99])
+    base = np.clip((shown - low) / max(float(high - low), 1e-6), 0, 1).transpose(1, 2, 0) * 255
+    warm = np.clip(heat, 0, 1)[..., None]
+    tint = np.clip(warm * np.array([3.0, 3.0, 3.0]) - np.array([0.0, 1.0, 2.0]), 0, 1) * 255
+    weight = opacity * np.sqrt(warm)
+    return np.rint(base * (1 - weight) + tint * weight).astype(np.uint8)
+
+
 def _save(picture: Pillow.Image, path: Path, note: str) -> None:
     text = PngImagePlugin.PngInfo()
     if note:

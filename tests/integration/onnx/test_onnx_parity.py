@@ -71,7 +71,7 @@ def test_a_bundle_answers_alike_by_both_runtimes(tmp_path):
         models=models,
         configs=configs,
     )
-    assert bundle.runtimes == ("torch", "onnx")
+    assert bundle.runtimes == ("torch", "onnx", "openvino")
     rng = np.random.default_rng(0)
     image = Image(array=rng.normal(size=(1, 20, 25, 11)).astype(np.float32), spacing=(1.0, 1.2, 2.0))
     answers = [

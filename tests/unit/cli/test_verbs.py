@@ -137,13 +137,19 @@ def test_predict_and_evaluate_hand_over(
         SimpleNamespace(image="c.dcm", output=None, error="truncated", probabilities=None, classes=()),
     )
     summary = SimpleNamespace(
-        answers=answers, failed=answers[2:], directory=Path("out"), intended_use="Research use only.", exit_code=1
+        selection=SimpleNamespace(shown="onnx fp32"),
+        answers=answers,
+        failed=answers[2:],
+        directory=Path("out"),
+        intended_use="Research use only.",
+        exit_code=1,
     )
     calls.fake("medray.workflows.prediction", "predict_files", summary)
     assert run(monkeypatch, "predict", "b", "a.nii.gz", "c.dcm", "-o", "out", "--runtime", "torch") == 1
     assert calls.seen[0][0] == (Path("b"), ["a.nii.gz", "c.dcm"], Path("out"), "torch")
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
+        "engine: onnx fp32",
         "a.nii.gz -> out/a_seg.nii.gz",
         "b.png: sick (sick 0.910)",
         "c.dcm: failed: truncated",

@@ -57,10 +57,23 @@ def choose(accept: str | None, kind: str) -> Form:
         RefusedError: 406, nothing of it.
     """
     offered: tuple[Form, ...] = ("json", "nifti", "png", "dicom") if kind == "segmentation" else ("json",)
+    return _best(accept, offered, offered[0], kind)
+
+
+def choose_map(accept: str | None) -> Form:
+    """Of an explanation: a picture, or the map on the scan's own grid.
+
+    Raises:
+        RefusedError: 406, neither.
+    """
+    return _best(accept, ("png", "nifti"), "png", "an explanation")
+
+
+def _best(accept: str | None, offered: tuple[Form, ...], default: Form, what: str) -> Form:
     best: tuple[float, Form] | None = None
     for item in (accept or "*/*")[:1000].split(","):
         media, *parameters = (part.strip().lower() for part in item.split(";"))
-        form = _ALIASES.get(media)
+        form = default if media in ("*/*", "application/*") and default == "png" else _ALIASES.get(media)
         weight = 1.0
         for parameter in parameters:
             if parameter.startswith("q="):
@@ -69,7 +82,7 @@ def choose(accept: str | None, kind: str) -> Form:
             best = (weight, form)
     if best is None:
         choices = ", ".join(MEDIA[form] for form in offered)
-        raise RefusedError(406, "not-acceptable", f"{kind} answers as {choices}; name one of them in Accept")
+        raise RefusedError(406, "not-acceptable", f"{what} answers as {choices}; name one of them in Accept")
     return best[1]
 
 
@@ -207,6 +220,16 @@ def as_file(form: Form, bundle: Bundle, labels: npt.NDArray[Any], image: Image, 
         path = folder / "answer.png"
         flat, drawn = most_telling(image, labels)
         picture.write_overlay(path, flat, drawn, note=spec.intended_use)
+    return path.read_bytes()
+
+
+def as_map(form: Form, heat: Floats, image: Image, folder: Path, note: str) -> bytes:
+    """An explanation (*s), 0 to 1, as a picture laid over the image, or on its own grid."""
+    path = folder / ("answer.nii.gz" if form == "nifti" else "answer.png")
+    if form == "nifti":
+        nifti.write_map(path, heat, image, note=note)
+    else:
+        picture.write_heat(path, image, heat, note=note)
     return path.read_bytes()
 
 

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,8 +21,8 @@ from medray.engines.ray.serve.intake import TYPES
 from medray.engines.ray.serve.journal import Kept
 from medray.engines.ray.serve.keys import Key, Scope, from_headers
 from medray.engines.ray.serve.refusal import RefusedError
-from medray.engines.ray.serve.schemas import ANSWERS, Health, ModelList, Prediction, Status, refusals
-from medray.engines.ray.serve.service import Job, Service
+from medray.engines.ray.serve.schemas import ANSWERS, PICTURES, Health, ModelList, Prediction, Status, refusals
+from medray.engines.ray.serve.service import Explain, Job, Service
 
 Named = Annotated[str | None, Query(pattern=NAME, description="a model of /v1/models; left out: the default")]
 Versioned = Annotated[str | None, Query(pattern=NAME, description="one of its versions; left out: by their shares")]
@@ -170,7 +170,14 @@ def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
 
 
 def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
-    async def job(service: Service, request: Request, key: Key, model: str | None, version: str | None) -> Job:
+    async def job(
+        service: Service,
+        request: Request,
+        key: Key,
+        model: str | None,
+        version: str | None,
+        explain: Explain | None = None,
+    ) -> Job:
         idempotency = request.headers.get("idempotency-key")
         if idempotency is not None and not 1 <= len(idempotency) <= _MOST_IDEMPOTENCY:
             raise RefusedError(400, "bad-key", f"an Idempotency-Key has 1 to {_MOST_IDEMPOTENCY} characters")
@@ -190,6 +197,7 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
             version=version,
             accept=request.headers.get("accept"),
             idempotency=idempotency,
+            explain=explain,
         )
 
     @app.post(
@@ -203,16 +211,35 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
         """Answer one image (scope: predict): JSON, or by Accept a NIfTI mask, a PNG overlay or a DICOM-SEG."""
         service = get_service()
         key = await _key(service, request, "predict")
-        asked = await job(service, request, key, model, version)
-        try:
-            future: Future[Kept] = service.start(asked)
-        except BaseException:
-            shutil.rmtree(asked.folder, ignore_errors=True)
-            raise
-        return await _answered(future, service)
+        return await _answered(await job(service, request, key, model, version), service)
+
+    @app.post(
+        "/v1/explain",
+        tags=["images"],
+        response_class=Response,
+        responses={**PICTURES, **refusals(400, 401, 403, 404, 406, 408, 409, 413, 415, 422, 429, 503)},
+        openapi_extra=_BODY,
+    )
+    async def explain(
+        request: Request,
+        model: Named = None,
+        version: Versioned = None,
+        method: Literal["gradcam", "gradcam++"] = "gradcam",
+        target: Annotated[str | None, Query(max_length=200, description="a class; left out: the answer's own")] = None,
+    ) -> Response:
+        """Where the network looked (scope: explain): a picture, or by Accept a NIfTI map on the scan's own grid."""
+        service = get_service()
+        key = await _key(service, request, "explain")
+        wanted = Explain(method=method, target=target)
+        return await _answered(await job(service, request, key, model, version, wanted), service)
 
 
-async def _answered(future: Future[Kept], service: Service) -> Response:
+async def _answered(asked: Job, service: Service) -> Response:
+    try:
+        future: Future[Kept] = service.start(asked)
+    except BaseException:
+        shutil.rmtree(asked.folder, ignore_errors=True)
+        raise
     try:
         # Shielded: a client that goes away, or is told to come again, finds the answer kept under its key.
         kept = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), service.limits.answer_seconds)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from medray.bundle.files import locate
 from medray.bundle.read import Bundle
 from medray.bundle.spec import MANIFEST_NAME
@@ -60,6 +62,8 @@ class Version:
     _users: int = 0
     _retired: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _twin: nn.Module | None = None
+    _twin_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def name(self) -> str:
@@ -74,6 +78,14 @@ class Version:
     def __call__(self, batch: Floats) -> Floats:
         """(B, C, *s) to logits, together with whatever else waits: a predictor for the bundle."""
         return self.batcher(batch)
+
+    @contextlib.contextmanager
+    def twin(self) -> Iterator[nn.Module]:
+        """The torch network, built with the first use; for one thread at a time."""
+        with self._twin_lock:
+            if self._twin is None:
+                self._twin = self.bundle.model()
+            yield self._twin
 
     def acquire(self) -> bool:
         """Keep it open for one request; False where it is being closed already."""

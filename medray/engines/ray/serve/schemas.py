@@ -121,6 +121,8 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {media: _BINARY for form, media in MEDIA.items() if form != "json"}}
 }
 
+PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA["png"]: _BINARY, MEDIA["nifti"]: _BINARY}}}
+
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses of refusals."""

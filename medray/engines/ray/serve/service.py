@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from medray import logs
 from medray.config.serving import ServeConfig
@@ -26,16 +27,26 @@ from medray.engines.ray.serve.meters import Meters
 from medray.engines.ray.serve.rates import Admission, RateLimit
 from medray.engines.ray.serve.refusal import RefusedError
 from medray.errors import DataError, ModelError
+from medray.explain.cam import Method, explain
 from medray.predict.predictor import probabilities
 
 _MOST_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explain:
+    """What is to be explained, and how: see :func:`medray.explain.cam.explain`."""
+
+    method: Method
+    target: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A prediction that is asked for.
+    """A prediction, or an explanation, that is asked for.
 
     Attributes:
+        explain: None for a prediction.
         folder: private to it, with its files; removed by whoever answers it.
         digest: SHA-256 of all files, in hexadecimal.
         accept: the client's.
@@ -50,6 +61,7 @@ class Job:
     version: str | None
     accept: str | None
     idempotency: str | None
+    explain: Explain | None = None
 
 
 class Service:
@@ -154,7 +166,7 @@ class Service:
             if job.idempotency is None:
                 return self._answer(job)
             asked = hashlib.sha256(
-                "\0".join([job.digest, job.model or "", job.version or "", job.accept or ""]).encode()
+                "\0".join([job.digest, job.model or "", job.version or "", job.accept or "", str(job.explain)]).encode()
             ).hexdigest()
             with self._answers.slot(job.key.id, job.idempotency, asked) as slot:
                 if slot.kept is not None:
@@ -169,6 +181,8 @@ class Service:
 
     def _answer(self, job: Job) -> Kept:
         with self.fleet.chosen(job.model, job.version, job.digest) as version:
+            if job.explain is not None:
+                return self._explain(job, version, job.explain)
             spec = version.bundle.spec
             form = answers.choose(job.accept, spec.kind)
             begin = time.perf_counter()
@@ -196,6 +210,24 @@ class Service:
             self._count(version, image, found, noted, classes)
             self._account(version, job.key, "predict", job.digest, body, classes)
             return Kept(status=200, headers=self._headers(version, answers.MEDIA[form]), body=body)
+
+    def _explain(self, job: Job, version: Version, asked: Explain) -> Kept:
+        """A map of where the network looked, from the bundle's torch twin; one at a time for each version."""
+        form = answers.choose_map(job.accept)
+        spec = version.bundle.spec
+        image = read_upload(job.parts, job.folder, ndim=spec.ndim, bounds=self._bounds)
+        try:
+            with version.twin() as twin:
+                found = explain(version.bundle, image, method=asked.method, target=asked.target, model=twin)
+        except (DataError, ModelError) as error:
+            text = str(error).replace(str(job.folder), "").replace(image.source or "\0", "the image")
+            raise RefusedError(422, "not-explained", text) from error
+        note = f"{found.method} of {found.target_name}. {spec.intended_use}"
+        body = answers.as_map(form, found.heat, image, job.folder, note)
+        self._account(version, job.key, "explain", job.digest, body, [found.target_name])
+        headers = self._headers(version, answers.MEDIA[form])
+        headers |= {"Medray-Method": found.method, "Medray-Target": quote(found.target_name, safe=" ")}
+        return Kept(status=200, headers=headers, body=body)
 
     def _headers(self, version: Version, media: str) -> dict[str, str]:
         about = version.about

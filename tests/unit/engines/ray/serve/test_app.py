@@ -237,3 +237,17 @@ def save_dicom() -> bytes:
     stream = io.BytesIO()
     data.save_as(stream, enforce_file_format=True)
     return stream.getvalue()
+
+
+def test_an_explanation_is_a_picture_or_a_map_on_the_scan_s_own_grid(client, tmp_path) -> None:
+    answer = client.post("/v1/explain?target=ill", content=png())
+    assert answer.status_code == 200, answer.text
+    assert answer.content.startswith(b"\x89PNG") and answer.headers["medray-target"] == "ill"
+    scan = nii()
+    answer = client.post("/v1/explain?model=seg", content=nifti_bytes(scan), headers={"Accept": "application/nifti"})
+    (tmp_path / "map.nii.gz").write_bytes(answer.content)
+    heat = nib.load(tmp_path / "map.nii.gz")
+    assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine)
+    assert float(heat.get_fdata().min()) >= 0 and float(heat.get_fdata().max()) == pytest.approx(1, abs=1e-5)
+    assert client.post("/v1/explain?target=nothing", content=png()).status_code == 422
+    assert client.post("/v1/explain?method=magic", content=png()).json()["error"]["reason"] == "invalid"
