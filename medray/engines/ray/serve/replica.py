@@ -24,11 +24,19 @@ class Replica:
         path: of its file, to be followed; None: there is none.
         threads: of each engine.
         where: the log to join.
+        loopback: nothing of it may be reached from other machines.
     """
 
     async def __init__(  # type: ignore[misc]  (Serve awaits it)
-        self, content: dict[str, Any], path: str | None, threads: int, where: logs.Destination | None
+        self,
+        content: dict[str, Any],
+        path: str | None,
+        threads: int,
+        where: logs.Destination | None,
+        loopback: bool,
     ) -> None:
+        if loopback:
+            _keep_to_loopback()
         logs.join(where)
         loop = asyncio.get_running_loop()
         self._over = threading.Event()
@@ -88,7 +96,26 @@ class Replica:
             self.service.close()
 
 
-def application(config: ServeConfig, path: Path | None, environment: dict[str, str], cpus: int | None = None) -> Any:
+def _keep_to_loopback() -> None:
+    """Have this replica's own gRPC server, through which Serve's deployments call each other, listen on 127.0.0.1.
+
+    As Ray 2.60 comes it listens on all interfaces whatever the host is, asks nobody for a key, and unpickles what it is
+    sent. It is started once this constructor has returned.
+    """
+    from ray.serve._private import replica
+
+    add = replica.add_port_to_grpc_server  # an AttributeError in another Ray is better than an open port
+    replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]:", "127.0.0.1:"))
+
+
+def application(
+    config: ServeConfig,
+    path: Path | None,
+    environment: dict[str, str],
+    cpus: int | None = None,
+    *,
+    loopback: bool = False,
+) -> Any:
     """The application for ``serve.run``.
 
     Args:
@@ -96,6 +123,7 @@ def application(config: ServeConfig, path: Path | None, environment: dict[str, s
         path: of its file, to be followed.
         environment: of the replicas.
         cpus: of the machine; None: all that this process may use.
+        loopback: nothing but the server's own port may be reached from other machines.
     """
     from ray import serve
 
@@ -131,7 +159,11 @@ def application(config: ServeConfig, path: Path | None, environment: dict[str, s
         **scaling,
     )
     return deployment.bind(
-        config.model_dump(mode="json"), None if path is None else str(path.absolute()), threads, logs.destination()
+        config.model_dump(mode="json"),
+        None if path is None else str(path.absolute()),
+        threads,
+        logs.destination(),
+        loopback,
     )
 
 

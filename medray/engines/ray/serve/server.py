@@ -79,7 +79,7 @@ def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *,
             http_options=options,
             logging_config={"enable_access_log": False, "log_level": "ERROR"},
         )
-        serve.run(application(config, path, environment), name=_NAME, route_prefix="/")
+        serve.run(application(config, path, environment, loopback=local), name=_NAME, route_prefix="/")
         scheme = "https" if security.certificate is not None else "http"
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"{scheme}://{host}:{config.port}"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from medray import logs
@@ -31,6 +32,9 @@ from medray.explain.cam import Method, explain
 from medray.predict.predictor import probabilities
 
 _MOST_THREADS = 16
+_SHORT = 1 << 20  # bytes: a millisecond's work
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,17 +283,17 @@ class Service:
         Raises:
             RefusedError: whatever is wrong with it.
         """
-        import asyncio
-
-        digest = hashlib.sha256(body).hexdigest()
+        digest = await _off_the_loop(len(body), lambda: hashlib.sha256(body).hexdigest())
         with self.fleet.chosen(model, version, digest) as one, self.predictions.admitted():
             spec = one.bundle.spec
-            asked = protocol.parse(body, header_length, spec)
+            asked = await _off_the_loop(len(body), lambda: protocol.parse(body, header_length, spec))
             begin = time.perf_counter()
             try:
                 logits = await one.batcher.infer(asked.array)
-            except ModelError as error:
-                raise RefusedError(422, "wrong-shape", str(error)) from error
+            except (ModelError, RuntimeError, ValueError) as error:
+                # The array is sound and of the described shape: what is left are sizes that the network can't halve.
+                shape = list(asked.array.shape)
+                raise RefusedError(422, "wrong-shape", f"the network does not run on the shape {shape}") from error
             self.meters.stage_seconds.labels(one.model, one.version, "network").observe(time.perf_counter() - begin)
             outputs = {"logits": logits}
             if "probabilities" in asked.outputs:
@@ -299,7 +303,10 @@ class Service:
                 "precision": one.about["precision"],
                 "intended_use": spec.intended_use,
             }
-            answer, headers = protocol.answer(asked, outputs, name=one.model, version=one.version, parameters=about)
+            answer, headers = await _off_the_loop(
+                logits.nbytes,
+                lambda: protocol.answer(asked, outputs, name=one.model, version=one.version, parameters=about),
+            )
             written = self.audit.submit(
                 who=key.id,
                 name=key.name,
@@ -314,6 +321,11 @@ class Service:
             )
             await asyncio.wrap_future(written)
             return answer, headers
+
+
+async def _off_the_loop(size: int, work: Callable[[], T]) -> T:
+    """What takes long goes to a thread, so that health is answered meanwhile; what is short is done here, sooner."""
+    return work() if size < _SHORT else await asyncio.to_thread(work)
 
 
 def _classes(version: Version, found: Any) -> list[str]:
