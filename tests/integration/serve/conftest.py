@@ -20,7 +20,7 @@ import yaml
 from medray.engines.ray.serve.keys import add_key
 from tests.unit.engines.ray.serve.samples import write_small
 
-START_SECONDS = 240.0
+START_SECONDS = 500.0  # a loaded machine starts Ray slowly
 
 
 @dataclass
@@ -79,7 +79,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
     admin = add_key(root / "keys.json", "it", ("predict", "metrics", "admin"))
     path = root / "serve.yaml"
     path.write_text(yaml.safe_dump(content))
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with (root / "out.txt").open("wb") as out:
         command = [sys.executable, "-m", "medray", "serve", str(path)]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=root)

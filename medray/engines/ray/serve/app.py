@@ -299,15 +299,6 @@ def _add_errors(app: FastAPI) -> None:
         body = RefusedError(error.status_code, "no-such-route", text).body
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def defect(request: Request, error: Exception) -> JSONResponse:
-        # The traceback's frames, not the error's text, which may quote what a client sent.
-        logs.event(
-            "defect", level="error", error=type(error).__name__, route=_route(request.scope), where=_where(error)
-        )
-        body = RefusedError(500, "defect", "the server met a defect of its own; its log says where").body
-        return JSONResponse(body, status_code=500)
-
 
 def _where(error: BaseException) -> str | None:
     trace, last = error.__traceback__, None
@@ -331,12 +322,12 @@ class _Around:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 500
+        begin, status, started = time.perf_counter(), 500, False
 
         async def watched(message: Any) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"cache-control", b"no-store"),
@@ -346,6 +337,13 @@ class _Around:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception as error:
+            # Caught here, since what is above would log it, and an error's text may quote what a client sent.
+            told = {"error": type(error).__name__, "route": _route(scope), "where": _where(error)}
+            logs.event("defect", level="error", **told)
+            if not started:
+                body = RefusedError(500, "defect", "the server met a defect of its own; its log says where").body
+                await JSONResponse(body, status_code=500)(scope, receive, watched)
         finally:
             meters, route = self._get_service().meters, _route(scope)
             meters.requests.labels(route, str(status)).inc()

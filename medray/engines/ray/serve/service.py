@@ -8,7 +8,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -212,7 +211,7 @@ class Service:
             found.seconds["write"] = time.perf_counter() - begin
             classes = _classes(version, found)
             self._count(version, image, found, noted, classes)
-            self._account(version, job.key, "predict", job.digest, body, classes)
+            self._account(version, job.key, "predict", job.digest, body)
             return Kept(status=200, headers=self._headers(version, answers.MEDIA[form]), body=body)
 
     def _explain(self, job: Job, version: Version, asked: Explain) -> Kept:
@@ -228,7 +227,7 @@ class Service:
             raise RefusedError(422, "not-explained", text) from error
         note = f"{found.method} of {found.target_name}. {spec.intended_use}"
         body = answers.as_map(form, found.heat, image, job.folder, note)
-        self._account(version, job.key, "explain", job.digest, body, [found.target_name])
+        self._account(version, job.key, "explain", job.digest, body)
         headers = self._headers(version, answers.MEDIA[form])
         headers |= {"Medray-Method": found.method, "Medray-Target": quote(found.target_name, safe=" ")}
         return Kept(status=200, headers=headers, body=body)
@@ -258,7 +257,7 @@ class Service:
             if share is not None:
                 self.meters.outside.labels(*name).observe(share)
 
-    def _account(self, version: Version, key: Key, what: str, digest: str, body: bytes, classes: Sequence[str]) -> None:
+    def _account(self, version: Version, key: Key, what: str, digest: str, body: bytes) -> None:
         self.audit.write(
             who=key.id,
             name=key.name,
@@ -270,7 +269,6 @@ class Service:
             precision=version.about["precision"],
             input=digest,
             result=hashlib.sha256(body).hexdigest(),
-            found=dict(Counter(classes)) or None,
         )
 
     # Tensors --------------------------------------------------------------------------------------------------------

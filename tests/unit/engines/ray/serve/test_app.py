@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medray import logs
 from medray.bundle.read import Bundle
 from medray.data.readers import read_image
 from tests.unit.engines.ray.serve.samples import nifti_bytes, nii, npy, png, zipped
@@ -251,3 +252,19 @@ def test_an_explanation_is_a_picture_or_a_map_on_the_scan_s_own_grid(client, tmp
     assert float(heat.get_fdata().min()) >= 0 and float(heat.get_fdata().max()) == pytest.approx(1, abs=1e-5)
     assert client.post("/v1/explain?target=nothing", content=png()).status_code == 422
     assert client.post("/v1/explain?method=magic", content=png()).json()["error"]["reason"] == "invalid"
+
+
+def test_a_defect_is_told_by_its_place_alone(make_client, monkeypatch, caplog, capsys) -> None:
+    client = make_client()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("Mustermann")
+
+    monkeypatch.setattr(client.service, "_answer", broken)
+    with logs.configured("json"), caplog.at_level(logging.DEBUG):
+        answer = client.post("/v1/predict", content=png())
+    said = capsys.readouterr().err
+    assert answer.status_code == 500 and answer.json()["error"]["reason"] == "defect"
+    assert '"where"' in said and "KeyError" in said
+    assert "Mustermann" not in answer.text + said + caplog.text
+    assert client.service.predictions.inside == 0
