@@ -48,7 +48,7 @@ def predict(
             if not inputs:
                 raise typer.BadParameter("name at least one image, or a folder of them, after the bundle")
             summary = predict_files(
-                bundle, inputs, out, runtime, device=device, precision=precision, overlays=overlays, progress=show
+                Path(bundle), inputs, out, runtime, device=device, precision=precision, overlays=overlays, progress=show
             )
     say(f"engine: {summary.selection.shown}")
     for answer in summary.answers:

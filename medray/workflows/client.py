@@ -117,9 +117,9 @@ class Client:
         if self._key is not None:
             request.add_header("Authorization", f"Bearer {self._key}")
         if body is not None:
-            request.add_header("Content-Length", str(body.seek(0, 2)))
-            body.seek(0)
             request.data = body
+            request.add_header("Content-Length", str(body.seek(0, 2)))  # after the data, which takes it away
+            body.seek(0)
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as answer:
                 return None, answer.read()

@@ -28,10 +28,10 @@ def small_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def _service(bundles: dict[str, Path], state: Path, path: Path | None = None, **keys: Any) -> Service:
+def _service(bundles: dict[str, Path], folder: Path, path: Path | None = None, **keys: Any) -> Service:
     models = {"cls": {"runtime": "torch", "versions": {"1": {"bundle": str(bundles["cls"])}}}}
-    content = {"state": str(state), "models": models, **keys}
-    config = check_serving(content, source="test", folder=state.parent)
+    content = {"state": str(folder / "state"), "models": models, **keys}
+    config = check_serving(content, source="test", folder=folder)
     return Service(
         config,
         path=path,
@@ -56,7 +56,7 @@ def client(small_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFact
         name: {"runtime": "torch", "versions": {"1": {"bundle": str(small_bundles[name])}}}
         for name in ("cls", "seg", "seg2d")
     }
-    service = _service(small_bundles, tmp_path_factory.mktemp("shared") / "state", default="cls", models=models)
+    service = _service(small_bundles, tmp_path_factory.mktemp("shared"), default="cls", models=models)
     yield _client(service)
     service.close()
 
@@ -67,7 +67,7 @@ def make_service(small_bundles: dict[str, Path], tmp_path: Path) -> Iterator[Cal
     made = []
 
     def make(path: Path | None = None, **keys: Any) -> Service:
-        made.append(_service(small_bundles, tmp_path / "state", path, **keys))
+        made.append(_service(small_bundles, tmp_path, path, **keys))
         return made[-1]
 
     yield make

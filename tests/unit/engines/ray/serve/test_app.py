@@ -14,6 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image as Pillow
 
 from medray import logs
 from medray.bundle.read import Bundle
@@ -76,7 +77,7 @@ def test_a_picture_s_mask_is_a_png_on_demand(client) -> None:
 def test_a_dicom_series_comes_as_zip_or_multipart_and_goes_as_dicom_seg(client, shared_data) -> None:
     from pydicom import dcmread
 
-    files = sorted((shared_data / "dicom/dcmqi/data/segmentations/ct-3slice").glob("*.dcm"))
+    files = sorted((shared_data / "dicom/dcmqi/data/segmentations/24x38x3/image").iterdir())
     accept = {"Accept": "application/dicom"}
     body = zipped({"DICOMDIR.txt": b"notes", **{f"Mustermann/{path.name}": path.read_bytes() for path in files}})
     answer = client.post("/v1/predict?model=seg", content=body, headers=accept)
@@ -134,8 +135,10 @@ def test_bombs_and_large_bodies_are_refused_before_they_unfold(make_client) -> N
     assert client.post("/v1/predict", content=zipped({"a.dcm": dicom})).status_code == 413
     assert client.post("/v1/predict", content=bytes(2 << 20)).status_code == 413
     assert client.post("/v1/predict", content=iter([bytes(1 << 20), bytes(1 << 20)])).status_code == 413
-    volume = nib.Nifti1Image(np.zeros((200, 200, 50), np.uint8), np.eye(4))
-    assert client.post("/v1/predict?model=seg", content=nifti_bytes(volume)).status_code == 413
+    stream = io.BytesIO()
+    Pillow.new("L", (1200, 1200)).save(stream, format="PNG")  # a few kilobytes, and 5.8 MB decoded
+    blank = stream.getvalue()
+    assert client.post("/v1/predict", content=blank).status_code == 413
     many = zipped({f"{n}.txt": b"" for n in range(20)})
     assert make_client(limits={"files": 10}).post("/v1/predict", content=many).status_code == 413
 
