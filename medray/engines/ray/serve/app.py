@@ -21,7 +21,16 @@ from medray.engines.ray.serve.intake import TYPES
 from medray.engines.ray.serve.journal import Kept
 from medray.engines.ray.serve.keys import Key, Scope, from_headers
 from medray.engines.ray.serve.refusal import RefusedError
-from medray.engines.ray.serve.schemas import ANSWERS, PICTURES, Health, ModelList, Prediction, Status, refusals
+from medray.engines.ray.serve.schemas import (
+    ANSWERS,
+    PICTURES,
+    Health,
+    ModelList,
+    Prediction,
+    Status,
+    protocol_refusals,
+    refusals,
+)
 from medray.engines.ray.serve.service import Explain, Job, Service
 
 Named = Annotated[str | None, Query(pattern=NAME, description="a model of /v1/models; left out: the default")]
@@ -94,7 +103,7 @@ def _add_health(app: FastAPI, get_service: Callable[[], Service]) -> None:
         """Whether the server runs."""
         return Health(live=True)
 
-    @app.get("/v2/health/ready", tags=["health"], responses=refusals(503))
+    @app.get("/v2/health/ready", tags=["health"], responses=protocol_refusals(503))
     async def ready() -> Health:
         """Whether models are loaded. Stays so under load: a server that is busy says 429 to predictions alone."""
         if not get_service().fleet.table:
@@ -144,7 +153,7 @@ def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
         with get_service().fleet.chosen(model, version, "0" * 12):
             return Health(live=True, ready=True)
 
-    @app.get("/v2/models/{model}", tags=["protocol v2"], responses=refusals(401, 403, 404, 422, 429, 503))
+    @app.get("/v2/models/{model}", tags=["protocol v2"], responses=protocol_refusals(401, 403, 404, 422, 429, 503))
     async def metadata(request: Request, model: InPath) -> dict[str, Any]:
         """The model's tensors (scope: predict)."""
         return await describe(request, model, None)
@@ -152,18 +161,18 @@ def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
     @app.get(
         "/v2/models/{model}/versions/{version}",
         tags=["protocol v2"],
-        responses=refusals(401, 403, 404, 422, 429, 503),
+        responses=protocol_refusals(401, 403, 404, 422, 429, 503),
     )
     async def version_metadata(request: Request, model: InPath, version: InPath) -> dict[str, Any]:
         """The version's tensors (scope: predict)."""
         return await describe(request, model, version)
 
-    @app.get("/v2/models/{model}/ready", tags=["health"], responses=refusals(404, 422, 503))
+    @app.get("/v2/models/{model}/ready", tags=["health"], responses=protocol_refusals(404, 422, 503))
     async def model_ready(model: InPath) -> Health:
         """Whether the model answers."""
         return await is_ready(model, None)
 
-    @app.get("/v2/models/{model}/versions/{version}/ready", tags=["health"], responses=refusals(404, 422, 503))
+    @app.get("/v2/models/{model}/versions/{version}/ready", tags=["health"], responses=protocol_refusals(404, 422, 503))
     async def version_ready(model: InPath, version: InPath) -> Health:
         """Whether the version answers."""
         return await is_ready(model, version)
@@ -264,7 +273,7 @@ def _add_tensors(app: FastAPI, get_service: Callable[[], Service]) -> None:
         answer, headers = await service.infer(body, length, model=model, version=version, key=key)
         return Response(answer, headers=headers)
 
-    responses = refusals(400, 401, 403, 404, 408, 413, 415, 422, 429, 503)
+    responses = protocol_refusals(400, 401, 403, 404, 408, 413, 415, 422, 429, 503)
 
     @app.post("/v2/models/{model}/infer", tags=["protocol v2"], responses=responses, openapi_extra=_TENSORS)
     async def infer(request: Request, model: InPath) -> Response:
@@ -284,8 +293,10 @@ def _add_tensors(app: FastAPI, get_service: Callable[[], Service]) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RefusedError)
-    async def refused(request: Request, error: RefusedError) -> JSONResponse:  # noqa: ARG001
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    async def refused(request: Request, error: RefusedError) -> JSONResponse:
+        # The protocol's own clients want text where ours is an object.
+        body = {"error": error.message} if request.url.path.startswith("/v2") else error.body
+        return JSONResponse(body, status_code=error.status, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -296,8 +307,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
         text = f"{error.detail}: {request.method} {request.url.path[:200]}; see /openapi.json"
-        body = RefusedError(error.status_code, "no-such-route", text).body
-        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+        answer = await refused(request, RefusedError(error.status_code, "no-such-route", text))
+        answer.headers.update(error.headers or {})
+        return answer
 
 
 def _where(error: BaseException) -> str | None:

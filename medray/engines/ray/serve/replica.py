@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class Replica:
         where: logs.Destination | None,
         loopback: bool,
     ) -> None:
+        _hush()
         if loopback:
             _keep_to_loopback()
         logs.join(where)
@@ -94,6 +97,13 @@ class Replica:
             self._over.set()
         if hasattr(self, "service"):
             self.service.close()
+
+
+def _hush() -> None:
+    """Have the libraries that see what clients send log nothing: their warnings quote bytes, tags and values."""
+    for name in ("python_multipart", "pydicom", "highdicom", "nibabel", "PIL", "tifffile", "SimpleITK"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.simplefilter("ignore")
 
 
 def _keep_to_loopback() -> None:

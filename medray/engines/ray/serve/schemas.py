@@ -24,6 +24,10 @@ class Error(_Answer):
     error: Problem
 
 
+class ProtocolError(_Answer):
+    error: str
+
+
 class Health(_Answer):
     live: bool
     ready: bool | None = None
@@ -127,3 +131,8 @@ PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA["png"]: _BI
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses of refusals."""
     return {status: {"model": Error} for status in statuses}
+
+
+def protocol_refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of refusals, as the Open Inference Protocol has them."""
+    return {status: {"model": ProtocolError} for status in statuses}
