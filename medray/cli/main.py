@@ -21,10 +21,12 @@ from medray.cli import (
     explain,
     federate,
     federate_network,
+    keys,
     models,
     plan,
     predict,
     runs,
+    serve,
     site,
     submit,
     train,
@@ -49,6 +51,8 @@ app.command("models")(models.models)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.command("evaluate")(evaluate.evaluate)
 federate_network.add_to(federate.app)
 app.add_typer(federate.app, name="federate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,8 +12,10 @@ from medray.cli.show import progress, say
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, such as runs/seg/bundle.")],
-    inputs: Annotated[list[str], typer.Argument(help="Images, DICOM series folders, or folders of them.")],
+    bundle: Annotated[str, typer.Argument(help="A bundle's folder, such as runs/seg/bundle; left out with --server.")],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Images, DICOM series folders, or folders of them.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the answers go.")] = Path("predictions"),
     runtime: Annotated[
         Literal["auto", "torch", "onnx", "openvino", "tensorrt"],
@@ -24,17 +27,29 @@ def predict(
     ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where.")] = "cpu",
     overlays: Annotated[bool, typer.Option("--overlays", help="Draw the masks of pictures on them as well.")] = False,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this server (medray serve) instead; its key in MEDRAY_API_KEY.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Of the server's; left out: its default.")] = None,
 ) -> None:
     """Predict: NIfTI in, NIfTI out; DICOM in, DICOM-SEG out; pictures in, masks or a table of probabilities out.
 
     Exits with 1 where an image has no answer; the others have theirs.
     """
-    from medray.workflows.prediction import predict_files
-
     with progress("predicting") as show:
-        summary = predict_files(
-            bundle, inputs, out, runtime, device=device, precision=precision, overlays=overlays, progress=show
-        )
+        if server is not None:
+            from medray.workflows.client import ENVIRONMENT, predict_by_server
+
+            key = os.environ.get(ENVIRONMENT)
+            summary = predict_by_server(server, [bundle, *(inputs or [])], out, key=key, model=model, progress=show)
+        else:
+            from medray.workflows.prediction import predict_files
+
+            if not inputs:
+                raise typer.BadParameter("name at least one image, or a folder of them, after the bundle")
+            summary = predict_files(
+                Path(bundle), inputs, out, runtime, device=device, precision=precision, overlays=overlays, progress=show
+            )
     say(f"engine: {summary.selection.shown}")
     for answer in summary.answers:
         if answer.error is not None:

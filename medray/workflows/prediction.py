@@ -134,11 +134,16 @@ def predict_files(
         directory=out_dir,
         answers=tuple(answers),
     )
-    if bundle.spec.kind != "segmentation":
-        _write_table(out_dir / "predictions.csv", bundle.spec, summary.answers)
-    with appearing(out_dir / "summary.json") as partial:
-        partial.write_text(json.dumps(asdict(summary), indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    write_summary(summary, bundle.spec.classes, table=bundle.spec.kind != "segmentation")
     return summary
+
+
+def write_summary(summary: PredictionSummary, classes: Sequence[str], *, table: bool) -> None:
+    """Write ``summary.json``, and with ``table`` ``predictions.csv``, into the answers' folder."""
+    if table:
+        _write_table(summary, classes)
+    with appearing(summary.directory / "summary.json") as partial:
+        partial.write_text(json.dumps(asdict(summary), indent=1, ensure_ascii=False, default=str), encoding="utf-8")
 
 
 def _read(item: Input) -> Image:
@@ -176,13 +181,14 @@ def _write(spec: BundleSpec, item: Input, image: Image, found: Prediction, out_d
     return Answer(image=shown, output=str(path.relative_to(out_dir)), classes=present, seconds=found.seconds)
 
 
-def _write_table(path: Path, spec: BundleSpec, answers: Sequence[Answer]) -> None:
+def _write_table(summary: PredictionSummary, classes: Sequence[str]) -> None:
     """A row for each image: its decision, its probabilities, or why there is none."""
+    path = summary.directory / "predictions.csv"
     with appearing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "prediction", *(f"p_{name}" for name in spec.classes), "error", "intended_use"])
-        for answer in answers:
+        writer.writerow(["image", "prediction", *(f"p_{name}" for name in classes), "error", "intended_use"])
+        for answer in summary.answers:
             row: list[Any] = [answer.image, ";".join(answer.classes)]
             given = answer.probabilities or {}
-            row += [f"{given[name]:.6f}" if name in given else "" for name in spec.classes]
-            writer.writerow([*row, answer.error or "", spec.intended_use])
+            row += [f"{given[name]:.6f}" if name in given else "" for name in classes]
+            writer.writerow([*row, answer.error or "", summary.intended_use])

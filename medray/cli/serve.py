@@ -1,0 +1,49 @@
+"""``medray serve``: bundles over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from medray.cli.show import say
+
+
+def serve(
+    what: Annotated[
+        list[str], typer.Argument(metavar="CONFIG | BUNDLE...", help="serve.yaml, or bundles, each a model of its own.")
+    ],
+    port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; beyond loopback with --keys. [default: 127.0.0.1]")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of 'medray keys'; without it anyone may ask.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder of the audit trail and the log. [default: runs/serve]")
+    ] = None,
+    runtime: Annotated[Literal["auto", "torch", "onnx", "openvino"] | None, typer.Option(help="What computes.")] = None,
+    address: Annotated[str | None, typer.Option(help="host:port of a Ray cluster to serve on.")] = None,
+) -> None:
+    """Serve: images in, answers out, until Ctrl-C. The server follows its configuration file while it runs.
+
+    Change a bundle, a version or a share in the file, and it is in place within seconds, with no request lost; put the
+    former back, and so is that. A change that can't be carried out changes nothing.
+
+    Example: medray serve runs/seg/bundle, then curl --data-binary @scan.nii.gz http://127.0.0.1:8000/v1/predict
+    """
+    from medray.workflows.serving import serve as run
+
+    changes: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in (("host", host), ("port", port), ("state", state))
+        if value is not None
+    }
+    if keys is not None:
+        changes["security"] = {"keys": str(keys)}
+
+    def started(url: str, path: Path) -> None:
+        say(f"serving at {url}; ask {url}/v1/models, or send an image to {url}/v1/predict")
+        say(f"follows {path}; Ctrl-C ends it")
+
+    run(what, changes=changes, runtime=runtime, address=address, started=started)

@@ -1,0 +1,149 @@
+"""Serve bundles over HTTP: ``medray serve``; and the keys of those who may ask: ``medray keys``."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medray import logs
+from medray.bundle.spec import MANIFEST_NAME
+from medray.config.serving import check_serving, load_serving
+from medray.data.writers.atomic import appearing
+from medray.errors import ServingError
+
+FILE = "serve.yaml"
+
+
+def serve(
+    what: Sequence[str],
+    *,
+    changes: dict[str, Any],
+    runtime: str | None = None,
+    address: str | None = None,
+    started: Callable[[str, Path], None] = lambda _url, _path: None,
+    until: threading.Event | None = None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        what: one configuration file; or bundles, for which one is written into the state folder.
+        changes: keys of the configuration that the command line sets; only beside bundles.
+        runtime: of the bundles; None for the configuration's default.
+        address: of a Ray cluster; None for this machine.
+        started: told the URL, and the file that the server follows.
+        until: ends it as well.
+
+    Raises:
+        ServingError: neither a file nor bundles, or the server doesn't come up.
+        ConfigError: a configuration that the schema refuses.
+    """
+    path = configuration(what, changes, runtime)
+    config = load_serving(path)
+    over = until or threading.Event()
+    from medray.engines.ray.serve.server import serving
+
+    with (
+        _ended_by_signals(over),
+        logs.recording(Path(config.state), run="serve"),
+        serving(config, path, address=address) as url,
+    ):
+        started(url, path)
+        over.wait()
+
+
+def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | None = None) -> Path:
+    """The file to serve by; made from bundles where they are named.
+
+    Raises:
+        ServingError: neither a file nor bundles.
+        ConfigError: the schema refuses something.
+    """
+    if len(what) == 1 and Path(what[0]).is_file():
+        given = [*changes, *(["runtime"] if runtime else [])]
+        if given:
+            raise ServingError(f"{what[0]} is a configuration: write {', '.join(given)} into it")
+        return Path(what[0]).absolute()
+    models: dict[str, Any] = {}
+    for text in what:
+        place = Path(text).absolute()
+        if not (place / MANIFEST_NAME).is_file():
+            raise ServingError(
+                f"{text}: neither a bundle (a folder with {MANIFEST_NAME}) nor a configuration file such as "
+                "serve/serve.yaml"
+            )
+        name = place.parent.name if place.name == "bundle" else place.name
+        unique, number = name, 2
+        while unique in models:
+            unique, number = f"{name}-{number}", number + 1
+        models[unique] = {"versions": {"1": {"bundle": str(place)}}, **({"runtime": runtime} if runtime else {})}
+    here = Path.cwd()
+    content = {**changes, "models": models}
+    config = check_serving(content, source="the command line", folder=here)
+    content["state"] = config.state
+    if config.security.keys is not None:
+        content["security"] = {**content["security"], "keys": config.security.keys}
+    path = Path(config.state) / FILE
+    with appearing(path) as partial:
+        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def _ended_by_signals(over: threading.Event) -> Any:
+    """Ctrl-C and SIGTERM end it in order: what was taken in is answered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: over.set())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def add_key(
+    path: Path, name: str, scopes: Sequence[str], *, requests_per_minute: int | None = None, days: int | None = None
+) -> str:
+    """Add an API key to a file, which is made where there is none; the key, which is nowhere else.
+
+    Raises:
+        ServingError: an unknown scope, or the file can't be used.
+    """
+    from medray.engines.ray.serve import keys
+
+    unknown = sorted(set(scopes) - set(keys.SCOPES))
+    if unknown:
+        raise ServingError(f"no scope {', '.join(unknown)}; there are {', '.join(keys.SCOPES)}")
+    wanted = tuple(scope for scope in keys.SCOPES if scope in scopes)
+    return keys.add_key(path, name, wanted, requests_per_minute=requests_per_minute, days=days)
+
+
+def list_keys(path: Path) -> list[dict[str, Any]]:
+    """What may be shown of a file's keys.
+
+    Raises:
+        ServingError: the file can't be used.
+    """
+    from medray.engines.ray.serve import keys
+
+    return [keys.shown(key) for key in keys.load_keys(path)]
+
+
+def revoke_key(path: Path, which: str) -> int:
+    """Take back the key of this id, or all of this name; how many.
+
+    Raises:
+        ServingError: there is none, or the file can't be used.
+    """
+    from medray.engines.ray.serve import keys
+
+    return keys.revoke_key(path, which)

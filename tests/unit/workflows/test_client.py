@@ -1,0 +1,132 @@
+"""The client: what it sends, when it asks again, and when it gives up."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import medray
+from medray.errors import ServingError
+from medray.workflows.client import predict_by_server
+
+FOUND = {"classes": ["ill"], "probabilities": {"normal": 0.1, "ill": 0.9}, "seconds": {}}
+MODEL = {
+    "name": "cls",
+    "bundle": "b",
+    "ndim": 2,
+    "task": "classification",
+    "classes": ["normal", "ill"],
+    "engine": "onnx",
+    "precision": "fp32",
+    "fallback_reason": None,
+    "intended_use": "Research use only.",
+}
+
+
+class Fake(ThreadingHTTPServer):
+    """Answers with what stands in ``script`` (status, headers), then with 200; keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[tuple[int, dict[str, str]]] = []
+        self.asked: list[tuple[str, Any, bytes]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.path, self.headers, body))
+        status, headers = self.server.script.pop(0) if self.server.script else (200, {})
+        document: Any = FOUND if status == 200 else {"error": {"reason": "x", "message": "the reason"}}
+        if self.path == "/v1/models":
+            document = {"default": "cls", "models": [MODEL]}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(json.dumps(document).encode())
+
+    do_GET = do_POST = _answer
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    server = Fake()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "scan.png"
+    path.write_bytes(b"\x89PNG pixels")
+    return path
+
+
+def url(fake: Fake) -> str:
+    return f"http://127.0.0.1:{fake.server_address[1]}"
+
+
+def test_busy_and_broken_answers_are_asked_for_again_under_one_key(fake: Fake, image: Path) -> None:
+    fake.script = [(429, {"Retry-After": "0"}), (500, {}), (503, {})]
+    assert medray.Client(url(fake) + "/", "secret").predict(image, model="cls") == FOUND
+    assert [path for path, _, _ in fake.asked] == ["/v1/predict?model=cls"] * 4
+    assert len({headers["Idempotency-Key"] for _, headers, _ in fake.asked}) == 1
+    assert all(body == image.read_bytes() for _, _, body in fake.asked)
+    assert fake.asked[0][1]["Authorization"] == "Bearer secret"
+
+
+def test_what_is_refused_for_good_is_not_asked_again(fake: Fake, image: Path) -> None:
+    fake.script = [(422, {})]
+    with pytest.raises(ServingError, match=r"422.*the reason"):
+        medray.Client(url(fake)).predict(image)
+    assert len(fake.asked) == 1
+
+
+def test_patience_ends(fake: Fake, image: Path) -> None:
+    fake.script = [(503, {})] * 50
+    with pytest.raises(ServingError, match="503"):
+        medray.Client(url(fake), patience=0.3).predict(image)
+    assert 1 < len(fake.asked) < 50
+    with pytest.raises(ServingError, match="can't be reached"):
+        medray.Client("http://127.0.0.1:9", patience=0.0).predict(image)
+    with pytest.raises(ServingError, match="is no server's URL"):
+        medray.Client("127.0.0.1:8000")
+    with pytest.raises(ServingError, match="can't be read"):
+        medray.Client(url(fake)).predict(image.with_name("none"))
+
+
+def test_a_series_goes_as_a_zip_without_its_names(fake: Fake, tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "Mustermann-Erika.dcm").write_bytes(b"one")
+    medray.Client(url(fake)).predict(folder)
+    archive = zipfile.ZipFile(io.BytesIO(fake.asked[0][2]))
+    assert archive.namelist() == ["00000.dcm"] and archive.read("00000.dcm") == b"one"
+
+
+def test_the_command_line_s_answers_by_server(fake: Fake, image: Path, tmp_path: Path) -> None:
+    summary = predict_by_server(url(fake), [str(image)], tmp_path / "out")
+    assert summary.exit_code == 0 and summary.answers[0].classes == ("ill",)
+    assert "scan.png,ill,0.100000,0.900000" in (tmp_path / "out" / "predictions.csv").read_text()
+    with pytest.raises(ServingError, match="no model 'x'"):
+        predict_by_server(url(fake), [str(image)], tmp_path / "out", model="x")
