@@ -120,6 +120,8 @@ def _still(model: nn.Module) -> nn.Module:
 def _reference(model: nn.Module, probe: Tensor) -> list[Tensor]:
     """Clipped sums by the loop, after making sure that samples are independent and nothing is remembered of them."""
     twin = _still(model)
+    with torch.no_grad():
+        twin(probe[:1])  # what a network lays out for a shape, once (ConViT's indices), is no statistic
     before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     loop = _Loop(twin, _pseudo_loss)
     target = torch.zeros(2, device=probe.device)
