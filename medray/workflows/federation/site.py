@@ -92,6 +92,7 @@ class _Bench:
     loss: nn.Module
     validate: Validate | None
     shared: tuple[str, ...]
+    splits: Splits
     plan: PrivacyPlan | None = None
 
 
@@ -108,6 +109,7 @@ class SiteWorker:
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
         self._bench: _Bench | None = None
+        self._document: Any = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
         """Do what is asked.
@@ -161,7 +163,7 @@ class SiteWorker:
         return Parcel(
             text={
                 **judged,
-                "cases": len(self.splits(bench.experiment).train),
+                "cases": len(bench.splits.train),
                 "steps": result.steps,
                 "loss": losses[-1] if losses else None,
                 "seconds": time.monotonic() - began,
@@ -181,7 +183,7 @@ class SiteWorker:
         mu = federation.proximal_mu if federation.strategy == "fedprox" else 0.0
         if not experiment.privacy.on:
             return SiteRuntime(device, mu=mu, optimizer=optimizer)
-        groups = [self.manifest.cases[index].group for index in self.splits(experiment).train]
+        groups = [self.manifest.cases[index].group for index in bench.splits.train]
         units = len(set(groups)) if experiment.privacy.unit == "patient" else len(groups)
         if bench.plan is None:  # the accountant takes a while, and says the same in every round
             bench.plan = plan_privacy(
@@ -211,16 +213,14 @@ class SiteWorker:
         with torch.no_grad():
             found = bench.validate(bench.model)
         finite = {name: float(value) for name, value in found.items() if math.isfinite(value)}
-        return {"metrics": finite, "judged": len(self.splits(bench.experiment).val)}
-
-    def splits(self, experiment: Experiment) -> Splits:
-        """The site's own; grouped by patient."""
-        return make_splits(self.manifest, experiment.split, experiment.split.seed)
+        return {"metrics": finite, "judged": len(bench.splits.val)}
 
     # -- what is built once, and what is kept
     # -----------------------------------------------------------------------------
 
     def _set_up(self, parcel: Parcel) -> _Bench:
+        if self._bench is not None and parcel.text.get("experiment") == self._document:
+            return self._bench
         try:
             experiment = Experiment.model_validate(parcel.text["experiment"])
         except (KeyError, ValidationError) as error:
@@ -229,11 +229,9 @@ class SiteWorker:
                 "same version?"
             ) from None
         experiment = local_experiment(experiment)
-        if self._bench is not None and self._bench.experiment == experiment:
-            return self._bench
         manifest, kind, classes = self.manifest, self.manifest.task, outputs(self.manifest)
         store = PreparedStore.open_or_build(manifest, experiment.preprocess, Path(self.folder.cache))
-        splits = self.splits(experiment)
+        splits = make_splits(manifest, experiment.split, experiment.split.seed)
         device = resolve_device(experiment.device)
         model = new_model(experiment, manifest).to(device)
         validate = None
@@ -249,7 +247,9 @@ class SiteWorker:
             loss=build_loss(experiment.loss, kind=kind, num_classes=classes),
             validate=validate,
             shared=shared_names(model, experiment.federation),
+            splits=splits,
         )
+        self._document = parcel.text["experiment"]
         return self._bench
 
     def _load(self, bench: _Bench, parcel: Parcel, *, before: int | None) -> dict[str, Any]:
