@@ -95,7 +95,8 @@ class Case:
 
 
 def _archive(name: str) -> Callable[[Path, bool], str]:
-    return lambda _work, _quick: str(shared_data() / "medmnist" / f"{name}.npz")
+    """In --quick always BreastMNIST, an eighth of the images to check."""
+    return lambda _work, quick: str(shared_data() / "medmnist" / f"{'breastmnist' if quick else name}.npz")
 
 
 def _hippocampus(work: Path, quick: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,7 @@ def memory_of(monkeypatch: pytest.MonkeyPatch, samples: float, model: nn.Module)
     fixed = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     with monkeypatch.context() as patch:
         patch.setattr("medray.train.capacity._spent", lambda _m, _i, number, *_: 100_000_000 * number)
+        patch.setattr("medray.train.capacity._kept", lambda *_: 0)
         patch.setattr("medray.train.memory.available", lambda _: int((100_000_000 * samples + fixed) / 0.7) + 1)
         yield
 
@@ -215,6 +217,29 @@ def test_the_largest_even_part_that_fits(room: float, expected: int, monkeypatch
     with memory_of(monkeypatch, room, model):
         found = largest_micro_batch(model, images, 8, precision="fp32", runtime=LocalRuntime())
     assert found == expected
+
+
+class OnDevice(LocalRuntime):
+    """Says that it is on a GPU, where what was reckoned is tried."""
+
+    def __init__(self) -> None:
+        self.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+
+
+def test_on_a_gpu_the_answer_is_tried_and_halved_until_it_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that holds three samples, though the reckoning says eight. Only the card itself is made up."""
+    tried: list[int] = []
+
+    def forward(_model: nn.Module, _images: Tensor, number: int, *_: Any) -> None:
+        tried.append(number)
+        if number > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model = network().train()
+    with memory_of(monkeypatch, 100, model):
+        monkeypatch.setattr("medray.train.capacity._pass", forward)
+        found = largest_micro_batch(model, torch.randn(2, 1, 6, 6), 8, precision="fp32", runtime=OnDevice())
+    assert (found, tried) == (2, [8, 4, 2])
 
 
 def test_measuring_leaves_no_trace() -> None:
