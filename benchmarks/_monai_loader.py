@@ -37,6 +37,7 @@ def loader(
         shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,  # Linux's own, which shares the cache
     )
 
 

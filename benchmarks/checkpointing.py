@@ -39,7 +39,10 @@ NEEDY = (
 )  # fmt: skip
 """Those that need it: their peak memory is judged, too."""
 HOWS: Sequence[str | int] = ("off", "auto", 4, 16)
+"""The first two for every network and batch size; numbers of segments as far as there is time for them."""
 BATCHES = (2, 4)
+SECONDS = 1500.0
+"""In which all of it should be done: from the first network that is behind its part of them, without the numbers."""
 SIDE = {("segmentation", 2): 128, ("segmentation", 3): 48, ("classification", 2): 96, ("classification", 3): 48}
 """Pixels along an axis of the input; rounded up to what a network takes."""
 OUTPUTS = 3
@@ -53,6 +56,7 @@ class Run:
     Attributes:
         kept: bytes kept for backward.
         peak: MiB at the height of a step, over what the process held with the network built.
+        state: MiB of gradients and the optimiser's state, which are part of the peak in any case.
         seconds: of each step.
         difference: largest of a gradient from the plain network's, over the largest gradient.
         segments: number of them.
@@ -63,6 +67,7 @@ class Run:
     how: str | int
     kept: int
     peak: float
+    state: float
     seconds: Sequence[float]
     difference: float
     segments: int
@@ -71,11 +76,14 @@ class Run:
 def run(quick: bool) -> Result:
     """Race the settings of each network against one another."""
     networks = [(name, ndim) for ndim, names in NETWORKS.items() for name in names]
-    batches, hows, rounds, warm = BATCHES, HOWS, 6, 2
+    batches, rounds, warm = BATCHES, 4, 1
     if quick:
-        networks, batches, hows, rounds, warm = [("unet", 3), ("resnet18", 2)], BATCHES[:1], HOWS[:2], 2, 1
+        networks, batches, rounds, warm = [("unet", 3), ("resnet18", 2)], BATCHES[:1], 2, 1
     runs: list[Run] = []
-    for name, ndim in networks:
+    started = time.monotonic()
+    for number, (name, ndim) in enumerate(networks):
+        behind = time.monotonic() - started > SECONDS * number / len(networks)
+        hows = HOWS[:2] if quick or (number and behind) else HOWS
         for batch in batches:
             runs += race(name, ndim, batch, hows, rounds=rounds, warm=warm, small=quick)
             print(_row(runs[-len(hows)], runs[-len(hows) + 1]), flush=True)
@@ -145,6 +153,7 @@ def _contend(name: str, ndim: int, batch: int, how: str | int, warm: int, small:
     if lay_out(model, device, precision):
         images = images.to(memory_format=memory_format(ndim, device, precision))
     kept = checkpointing.share_kept(lookup(name).family)
+    state = 3 * sum(p.nbytes for p in model.parameters()) / 2**20  # AdamW has two moments beside each gradient
     segments: tuple[str, ...] = ()
 
     def first(probe: Any) -> None:
@@ -170,7 +179,7 @@ def _contend(name: str, ndim: int, batch: int, how: str | int, warm: int, small:
     plain = _gradients(model, images, precision)
     largest = max(float(gradient.abs().max()) for gradient in plain)
     off = max(float((one - other).abs().max()) for one, other in zip(plain, again, strict=True))
-    pipe.send({"kept": saved, "peak": peak, "difference": off / largest, "segments": len(segments)})
+    pipe.send({"kept": saved, "peak": peak, "state": state, "difference": off / largest, "segments": len(segments)})
 
 
 def _task(name: str, ndim: int, *, small: bool = False) -> tuple[Any, tuple[int, ...]]:
@@ -282,8 +291,8 @@ def _result(runs: Sequence[Run], rounds: int) -> Result:
         f"train.precision=auto takes here; medians of {rounds} steps taken in turn. Bytes: the worst batch size; peak "
         "memory: the batch size with the larger gain.",
         "Peak memory is that of the whole step beyond the built network: gradients and the optimiser's state, which "
-        "checkpointing can't shed, are in it.",
-        "All runs, also with 4 and 16 segments: results/checkpointing.md.",
+        "checkpointing can't shed, are in it, and so is what the C library keeps of freed blocks.",
+        f"All runs, also with 4 and 16 segments as far as {SECONDS / 60:.0f} min allow: results/checkpointing.md.",
     ]
     return Result(figures=figures, targets=targets, notes=notes)
 
@@ -294,11 +303,12 @@ def _write(path: Path, runs: Sequence[Run]) -> None:
         "# Gradient checkpointing, run by run",
         "",
         "Written by `python -m benchmarks checkpointing`. Kept: bytes kept for the backward pass. Peak: of the process "
-        "in a step, over the built network. Gradient: its largest difference from the plain network's, over the "
-        "largest gradient.",
+        "in a step, over the built network. State: gradients and AdamW's moments, part of the peak in any case. "
+        "Gradient: its largest difference from the plain network's, over the largest gradient.",
         "",
-        "| network | batch | checkpointing | segments | kept, MiB | | peak, MiB | | step, ms | | gradient |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | batch | checkpointing | segments | kept, MiB | | peak, MiB | | state, MiB | step, ms | "
+        "| gradient |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     plain = {(run.network, run.batch): run for run in runs if run.how == "off"}
     for found in runs:
@@ -307,7 +317,7 @@ def _write(path: Path, runs: Sequence[Run]) -> None:
         lines.append(
             f"| {found.network} | {found.batch} | {found.how} | {found.segments} | {found.kept / 2**20:.1f} | "
             f"{'' if off else f'{-shed:+.0%}'} | {found.peak:.0f} | {'' if off else f'{-peak:+.0%}'} | "
-            f"{1e3 * statistics.median(found.seconds):.0f} | {'' if off else f'{slower:+.0%}'} | "
+            f"{found.state:.0f} | {1e3 * statistics.median(found.seconds):.0f} | {'' if off else f'{slower:+.0%}'} | "
             f"{found.difference:.1g} |"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
