@@ -20,7 +20,7 @@ from unittest import mock
 
 from benchmarks.common import Figure, Result, Target
 from medray.errors import PrivacyError
-from medray.privacy import ledger as module
+from medray.privacy import chain, ledger
 from medray.privacy.accountant import History, Spent, epsilon
 from medray.privacy.ledger import Ledger, Limits, Reservation
 
@@ -75,7 +75,7 @@ def cheap(history: History, delta: float) -> Spent:
 @contextlib.contextmanager
 def _world() -> Iterator[tuple[_Disk, list[dt.datetime]]]:
     disk, clock = _Disk(), [dt.datetime(2030, 1, 1, tzinfo=dt.UTC)]
-    with mock.patch.object(module, "os", disk), mock.patch.object(module, "_now", lambda: clock[0]):
+    with mock.patch.object(chain, "os", disk), mock.patch.object(ledger, "_now", lambda: clock[0]):
         yield disk, clock
 
 

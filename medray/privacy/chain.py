@@ -91,7 +91,7 @@ class Chain:
             os.close(handle)  # which unlocks it too
 
     def append(self, lines: Lines, record: Record) -> None:
-        """Add a line, within :meth:`locked`, and wait until it lies on the disk.
+        """Add a line, within :meth:`locked`, and wait until it lies on the disk; it bears the record's time, or now.
 
         Raises:
             PrivacyError: it is too long, or could not be written; then nothing was added.

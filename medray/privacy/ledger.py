@@ -1,6 +1,6 @@
 """A site's account of the privacy that it has spent: one append-only file, which all of its runs are charged to.
 
-A line is a JSON object that carries the hash of the line before it. What a run may do is *reserved*, durably, before
+The file is a :class:`~medray.privacy.chain.Chain`. What a run may do is *reserved*, durably, before
 its first step and *settled* after its last; what was never settled counts in full, so that no crash makes the file
 forget. Epsilon is composed over every mechanism in it, whatever the data set: patients of two sets may be the same.
 
@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
-import hashlib
-import json
 import math
 import os
 import secrets
@@ -28,12 +25,10 @@ from typing import Any
 
 from medray.errors import PrivacyError
 from medray.privacy.accountant import History, Mechanism, Spent, epsilon, merged
+from medray.privacy.chain import Chain, Lines
 
 __all__ = ["Entry", "Ledger", "Limits", "Reservation"]
 
-GENESIS = "0" * 64
-MAX_BYTES = 256 << 20
-MAX_LINE = 1 << 20
 Compose = Callable[[History, float], Spent]
 
 
@@ -104,13 +99,10 @@ class Entry:
 class _State:
     """A ledger as read."""
 
+    lines: Lines
     limits: Limits | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
     year: int = 0
-    head: str = GENESIS
-    lines: int = 0
-    whole: int = 0
-    torn: int = 0
     last_renewal: str = ""
 
     def history(self, *, year: int | None = None) -> list[Mechanism]:
@@ -130,6 +122,7 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], *, compose: Compose = epsilon) -> None:
         self.path, self._compose = Path(path), compose
+        self._chain = Chain(path, "a ledger")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], limits: Limits, *, compose: Compose = epsilon) -> Ledger:
@@ -140,8 +133,7 @@ class Ledger:
         """
         ledger = cls(path, compose=compose)
         try:
-            ledger.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(ledger.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            ledger._chain.create()
         except FileExistsError:
             raise PrivacyError(
                 f"{path} exists already, and a ledger is never begun anew. See it with: medray site budget {path}"
@@ -150,7 +142,6 @@ class Ledger:
             raise PrivacyError(f"{path}: can't be written ({error.strerror}). Choose a folder of this site's") from None
         with ledger._locked() as state:
             ledger._append(state, {"kind": "open", **_plain(limits)})
-        _sync_folder(ledger.path.parent)
         return ledger
 
     # -- what a run does
@@ -228,7 +219,7 @@ class Ledger:
     def head(self) -> str:
         """Hash of the last whole line: kept elsewhere, it shows whether the file was replaced."""
         with self._locked() as state:
-            return state.head
+            return state.lines.head
 
     def entries(self) -> tuple[Entry, ...]:
         """All reservations, oldest first."""
@@ -330,77 +321,27 @@ class Ledger:
     def _locked(self) -> Iterator[_State]:
         """The file's state, with nobody else writing."""
         try:
-            handle = os.open(self.path, os.O_RDWR)
+            with self._chain.locked() as lines:
+                state = _State(lines)
+                for number, record in enumerate(lines.records):
+                    try:
+                        _take(state, record, first=number == 0)
+                    except (ValueError, TypeError, KeyError, RecursionError, PrivacyError) as error:
+                        raise self._chain.broken(number + 1, error) from None
+                yield state
         except FileNotFoundError:
             raise PrivacyError(
                 f"{self.path}: there is no ledger. Create it with: medray site open {self.path} --epsilon 10"
             ) from None
-        except OSError as error:
-            raise PrivacyError(f"{self.path}: can't be opened ({error.strerror}). A site's ledger is a file") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            self._handle = handle
-            yield _read(self.path, handle)
-        finally:
-            os.close(handle)  # which unlocks it too
 
     def _append(self, state: _State, record: dict[str, Any]) -> None:
-        """Write one line and wait until it lies on the disk; a torn one of before is cut off first."""
-        body = {"n": state.lines, "time": _now().isoformat(timespec="seconds"), **record, "previous": state.head}
-        line = _encode({**body, "hash": _digest(body)})
-        if len(line) > MAX_LINE:
-            raise PrivacyError(f"{self.path}: a line of {len(line)} bytes; a ledger's lines have at most {MAX_LINE}")
-        try:
-            if state.torn:
-                os.ftruncate(self._handle, state.whole)
-            os.lseek(self._handle, state.whole, os.SEEK_SET)
-            written = 0
-            while written < len(line):
-                written += os.write(self._handle, line[written:])
-            os.fsync(self._handle)
-        except OSError as error:
-            raise PrivacyError(
-                f"{self.path}: the ledger could not be written ({error.strerror}), so nothing was allowed. Free space"
-            ) from error
+        self._chain.append(state.lines, {"time": _now().isoformat(timespec="seconds"), **record})
 
 
-def _read(path: Path, handle: int) -> _State:
-    size = os.fstat(handle).st_size
-    if size > MAX_BYTES:
-        raise PrivacyError(f"{path}: {size} bytes; a ledger has at most {MAX_BYTES}. This is none")
-    content = b""
-    os.lseek(handle, 0, os.SEEK_SET)
-    while len(content) < size and (part := os.read(handle, size - len(content))):
-        content += part
-    state = _State()
-    *lines, rest = content.split(b"\n")
-    state.torn = len(rest)
-    for number, line in enumerate(lines, start=1):
-        try:
-            _take(state, line)
-        except (ValueError, TypeError, KeyError, RecursionError, PrivacyError) as error:
-            raise PrivacyError(
-                f"{path}: line {number} is broken ({error or type(error).__name__}). The ledger was changed by hand or "
-                "damaged: restore it from a copy; until then nothing is allowed"
-            ) from None
-        state.whole += len(line) + 1
-    return state
-
-
-def _take(state: _State, line: bytes) -> None:
+def _take(state: _State, record: dict[str, Any], *, first: bool) -> None:
     """Apply one line to what was read before it."""
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("no JSON object")
-    digest = record.pop("hash", None)
-    if record.get("previous") != state.head:
-        raise ValueError("it does not follow the line before it")
-    if digest != _digest(record) or _encode({**record, "hash": digest}) != line + b"\n":
-        raise ValueError("its hash does not fit its content")
-    if record.get("n") != state.lines:
-        raise ValueError(f"it is number {record.get('n')}, and {state.lines} comes next")
     kind = record["kind"]
-    if (kind == "open") != (state.lines == 0):
+    if (kind == "open") != first:
         raise ValueError("a ledger is opened once, by its first line")
     if kind in ("open", "limits"):
         state.limits = Limits(**{name: record[name] for name in ("epsilon", "delta", "per_run", "per_year")})
@@ -431,7 +372,6 @@ def _take(state: _State, line: bytes) -> None:
         )
     else:
         raise ValueError(f"there is no line of kind {kind!r}")
-    state.head, state.lines = str(digest), state.lines + 1
 
 
 def _mechanism(row: Sequence[Any]) -> Mechanism:
@@ -453,21 +393,5 @@ def _plain(limits: Limits) -> dict[str, float | None]:
     }
 
 
-def _encode(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(_encode(record)).hexdigest()
-
-
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

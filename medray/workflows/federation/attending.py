@@ -155,7 +155,7 @@ class Guard:
         if plan.noise_multiplier < least:
             raise PolicyError(
                 f"site {self.rules.name!r} refuses: noise multiplier {plan.noise_multiplier:.3g} is less than "
-                f"privacy.least_noise={least:g}. Ask for fewer steps, or smaller batches. Its owner decides, in site.yaml"
+                f"privacy.least_noise={least:g}. Ask for smaller batches, or a smaller privacy.epsilon"
             )
         self._charges(self._recipe, plan, steps)
 

@@ -1,0 +1,177 @@
+"""A site's guard: what passes, what is refused, what is charged and what is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medray.config.federation_files import SiteConfig
+from medray.config.schema import Experiment
+from medray.data.manifest import Case, Manifest
+from medray.engines.flower.parcel import Kind, Parcel
+from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.privacy.accountant import PrivacyPlan
+from medray.privacy.audit import Audit
+from medray.workflows.federation.attending import Guard, harmonised
+from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.site import SiteFolder
+
+PLAN = PrivacyPlan(
+    noise_multiplier=2.0,
+    sample_rate=0.1,
+    steps=30,
+    units=50,
+    epsilon=1.0,
+    delta=1e-5,
+    accountant="rdp",
+    unit="patient",
+    clip_norm=1.0,
+)
+
+
+def rules(folder: Path, **changes: Any) -> SiteConfig:
+    tree: dict[str, Any] = {"federation": "lungs", "name": "kiel", "server": "localhost:9443", "data": "images"}
+    return SiteConfig.model_validate(tree | changes).at(folder)
+
+
+def manifest(classes: tuple[str, ...] = ("nodule", "normal"), cases: int = 40) -> Manifest:
+    rows = [Case(id=f"{n}", images=(f"{n}.png",), label=n % 2, patient=f"p{n}") for n in range(cases)]
+    return Manifest(source="s", root="", task="classification", ndim=2, channels=1, classes=classes, cases=tuple(rows))
+
+
+class Worker:
+    """Stands in for the training, which has tests of its own."""
+
+    def __init__(self, charge: Any = None) -> None:
+        self.asked: list[str] = []
+        self.charge = charge
+
+    def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
+        self.asked.append(kind)
+        if parcel.text.get("round") == 13:
+            raise ZeroDivisionError("patient 4711")
+        if self.charge is not None and kind == "train":
+            self.charge(PLAN, 10)
+        return Parcel(text={"cases": 40, "metrics": {"val/auc": 0.9}, "loss": 0.1}, arrays={"w": np.ones(3)})
+
+
+def guard(folder: Path, **changes: Any) -> Guard:
+    manifest().save(folder / "work" / "site" / "manifest.json")
+    made = Guard(
+        rules(folder, **changes),
+        manifest(),
+        SiteFolder(name="kiel", directory=str(folder / "work" / "site"), cache=str(folder / "cache")),
+    )
+    made.worker = Worker(charge=made._charge)  # type: ignore[assignment]
+    return made
+
+
+def question(kind_round: int = 0, **experiment: Any) -> Parcel:
+    asked = Experiment.model_validate({"data": "-", **experiment}).model_dump(mode="json")
+    return Parcel(text={"experiment": asked, "round": kind_round})
+
+
+PRIVATE = {
+    "privacy": {"epsilon": 1.0, "delta": 1e-5},
+    "loss": {"name": "cross_entropy"},
+    "train": {"precision": "fp32"},
+    "model": {"name": "small_cnn", "norm": "group"},
+}
+
+
+def test_without_privacy_nothing_is_trained_where_it_is_required(tmp_path: Path) -> None:
+    site = guard(tmp_path)
+    with pytest.raises(PolicyError, match="privacy.required"):
+        site("train", question())
+    with pytest.raises(PolicyError, match="share_fingerprint"):
+        site("query", Parcel(text={"ask": "fingerprint"}))
+    assert site.worker.asked == []  # type: ignore[attr-defined]
+    events = [(line.event, line.about.get("what")) for line in Audit(tmp_path / "audit.jsonl").read()]
+    assert events == [("started", None), ("refused", "train"), ("refused", "fingerprint")]
+
+
+def test_what_leaves_under_privacy_is_weights_alone(tmp_path: Path) -> None:
+    site = guard(tmp_path)
+    answer = site("train", question(**PRIVATE))
+    assert set(answer.arrays) == {"w"} and not answer.text
+    released = Audit(tmp_path / "audit.jsonl").read()[-1]
+    assert released.event == "released" and released.about["bytes"] == 24
+    assert site.ledger.spent().epsilon > 0
+
+
+def test_where_the_site_does_not_ask_for_privacy_figures_leave_too(tmp_path: Path) -> None:
+    site = guard(tmp_path, privacy={"required": False})
+    assert site("train", question()).text["metrics"] == {"val/auc": 0.9}
+    assert site("query", Parcel(text={"ask": "fingerprint"})).text["cases"] == 40
+
+
+def test_what_would_not_be_private_is_refused(tmp_path: Path) -> None:
+    site = guard(tmp_path)
+    with pytest.raises(PolicyError, match="privacy.secure=false"):
+        site("train", question(**{**PRIVATE, "privacy": {"epsilon": 1.0, "secure": False}}))
+    with pytest.raises(PrivacyError, match="mixup"):
+        site("train", question(**{**PRIVATE, "train": {"precision": "fp32", "mixup": 0.2}}))
+    with pytest.raises(PolicyError, match="no valid experiment"):
+        site("train", Parcel(text={"experiment": {"optim": {"lr": "high"}}, "round": 0}))
+    noisy = guard(tmp_path / "noisy", privacy={"least_noise": 3.0})
+    with pytest.raises(PolicyError, match="least_noise=3"):
+        noisy("train", question(**PRIVATE))
+    assert noisy.ledger.spent().epsilon == 0
+
+
+def test_an_unforeseen_error_says_nothing_of_patients(tmp_path: Path) -> None:
+    site = guard(tmp_path, privacy={"required": False})
+    with pytest.raises(FederationError, match="ZeroDivisionError") as told:
+        site("train", question(13))
+    assert "4711" not in str(told.value)
+    assert "4711" in str(Audit(tmp_path / "audit.jsonl").read()[-1].about["reason"])
+
+
+def test_rounds_are_charged_before_they_begin_and_once(tmp_path: Path) -> None:
+    ledger = open_ledger(rules(tmp_path))
+    charges = Charges(ledger, tmp_path / "work" / "charged.json")
+    whole = None
+    for _ in range(3):
+        charges("a" * 64, PLAN, 10)
+        whole = whole or ledger.spent().epsilon
+        assert ledger.spent().epsilon == whole, "the run was reserved as a whole"
+    Charges(ledger, tmp_path / "work" / "charged.json")("a" * 64, PLAN, 10)  # asked again, after a restart
+    assert ledger.spent().epsilon > whole  # type: ignore[operator]
+    assert [entry.reservation.history for entry in ledger.entries()] == [((2.0, 0.1, 30),), ((2.0, 0.1, 10),)]
+
+
+def test_what_a_run_left_undone_is_given_back(tmp_path: Path) -> None:
+    ledger = open_ledger(rules(tmp_path))
+    charges = Charges(ledger, tmp_path / "charged.json")
+    charges("a" * 64, PLAN, 10)
+    charges("b" * 64, PLAN, 10)
+    assert [entry.counted for entry in ledger.entries()] == [((2.0, 0.1, 10),), ((2.0, 0.1, 30),)]
+
+
+def test_the_ledger_has_the_last_word(tmp_path: Path) -> None:
+    tight = rules(tmp_path, privacy={"epsilon_per_run": 0.1, "epsilon_per_year": 0.1})
+    with pytest.raises(PrivacyError, match="a run"):
+        Charges(open_ledger(tight), tmp_path / "charged.json")("a" * 64, PLAN, 10)
+    assert not (tmp_path / "charged.json").exists()
+    wider = open_ledger(rules(tmp_path, privacy={"epsilon_per_run": 3.0}))
+    assert wider.limits.per_run == 3.0
+    with pytest.raises(PrivacyError, match="was begun at delta"):
+        open_ledger(rules(tmp_path, privacy={"delta": 1e-6}))
+
+
+def test_classes_are_brought_to_the_federations_words(tmp_path: Path) -> None:
+    found = harmonised(
+        manifest(("krebs", "normal")), rules(tmp_path, classes=["normal", "nodule"], labels={"krebs": "nodule"})
+    )
+    assert found.classes == ("normal", "nodule")
+    assert [case.label for case in found.cases[:2]] == [1, 0]
+    with pytest.raises(FederationError, match=r"labels: \{normal: clear\}"):
+        harmonised(manifest(), rules(tmp_path, classes=["clear", "nodule"]))
+    with pytest.raises(FederationError, match="is no class of these data"):
+        harmonised(manifest(), rules(tmp_path, labels={"tumour": "nodule"}))
+    masks = manifest().model_copy(update={"task": "segmentation"})
+    with pytest.raises(FederationError, match="another order"):
+        harmonised(masks, rules(tmp_path, classes=["normal", "nodule"]))
