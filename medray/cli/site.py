@@ -1,4 +1,4 @@
-"""``medray site``: what a site decides and keeps for itself. Its ledger of spent privacy first."""
+"""``medray site``: what a site decides and keeps for itself: its ledger of spent privacy, its audit log."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from medray.cli.show import say, table
 if TYPE_CHECKING:
     from medray.privacy.ledger import Limits
 
-app = typer.Typer(no_args_is_help=True, help="A site's own decisions: its privacy budget.")
+app = typer.Typer(no_args_is_help=True, help="A site's own decisions: its privacy budget, and what it was asked.")
 
+_FRAME = ("n", "previous", "time", "event", "kind")
 LedgerFile = Annotated[Path, typer.Argument(metavar="LEDGER", help="The site's ledger file.")]
 Epsilon = Annotated[float, typer.Option(help="Of everything that the ledger will ever hold.")]
 PerRun = Annotated[float | None, typer.Option(help="Most epsilon of a single run [default: what is left]")]
@@ -58,16 +59,29 @@ def budget(ledger: LedgerFile) -> None:
 
 
 @app.command()
-def audit(ledger: LedgerFile) -> None:
-    """Check that no line of the ledger was changed, removed or put in; 1 where one was."""
+def audit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The site's audit log, or its ledger.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Check alone, print no lines.")] = False,
+) -> None:
+    """Print what a site was asked and did, and check that no line was changed, removed or put in; 1 where one was.
+
+    Example: medray site audit audit.jsonl
+    """
+    from medray.errors import PrivacyError
+    from medray.privacy.chain import Chain
     from medray.privacy.ledger import Ledger
 
-    book = Ledger(ledger)
-    wrong = book.verify()
-    if wrong is not None:
-        say(wrong)
-        raise typer.Exit(1)
-    say(f"{ledger}: whole, {len(book.entries())} reservations; head {book.head}")
+    try:
+        lines = Chain(file, "an audit log or ledger").read()
+        if lines.records and lines.records[0].get("kind") == "open" and (wrong := Ledger(file).verify()):
+            raise PrivacyError(wrong)
+    except PrivacyError as error:
+        say(str(error))
+        raise typer.Exit(1) from None
+    for record in () if quiet else lines.records:
+        about = [f"{key}={value}" for key, value in record.items() if key not in _FRAME and value is not None]
+        say(f"{record.get('time')}  {record.get('event') or record.get('kind')}  {' '.join(about)}")
+    say(f"{file}: whole, {len(lines.records)} lines; head {lines.head}")
 
 
 @app.command("limits")

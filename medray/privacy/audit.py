@@ -58,11 +58,7 @@ class Audit:
         Raises:
             PrivacyError: there is no log, or a line was altered, which is named.
         """
-        try:
-            with self._chain.locked() as lines:
-                records = [dict(record) for record in lines.records]
-        except FileNotFoundError:
-            raise PrivacyError(f"{self._chain.path}: there is no audit log. A site writes it when it starts") from None
+        records = [dict(record) for record in self._chain.read().records]
         found = []
         for record in records:
             when, event = str(record.pop("time")), str(record.pop("event"))

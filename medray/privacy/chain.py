@@ -69,6 +69,18 @@ class Chain:
         finally:
             os.close(handle)
 
+    def read(self) -> Lines:
+        """All lines, once they have been verified.
+
+        Raises:
+            PrivacyError: there is no file, or a line is broken, which is named.
+        """
+        try:
+            with self.locked() as lines:
+                return lines
+        except FileNotFoundError:
+            raise PrivacyError(f"{self.path}: there is no such file. Give the path of {self.what}") from None
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[Lines]:
         """The file's lines, with nobody else writing.

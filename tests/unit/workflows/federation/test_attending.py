@@ -84,7 +84,7 @@ PRIVATE = {
 
 def test_without_privacy_nothing_is_trained_where_it_is_required(tmp_path: Path) -> None:
     site = guard(tmp_path)
-    with pytest.raises(PolicyError, match="privacy.required"):
+    with pytest.raises(PolicyError, match=r"privacy\.required"):
         site("train", question())
     with pytest.raises(PolicyError, match="share_fingerprint"):
         site("query", Parcel(text={"ask": "fingerprint"}))
@@ -110,7 +110,7 @@ def test_where_the_site_does_not_ask_for_privacy_figures_leave_too(tmp_path: Pat
 
 def test_what_would_not_be_private_is_refused(tmp_path: Path) -> None:
     site = guard(tmp_path)
-    with pytest.raises(PolicyError, match="privacy.secure=false"):
+    with pytest.raises(PolicyError, match=r"privacy\.secure=false"):
         site("train", question(**{**PRIVATE, "privacy": {"epsilon": 1.0, "secure": False}}))
     with pytest.raises(PrivacyError, match="mixup"):
         site("train", question(**{**PRIVATE, "train": {"precision": "fp32", "mixup": 0.2}}))
