@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -264,12 +265,17 @@ def _round(parcel: Parcel) -> int | None:
 
 
 def _bytes(parcel: Parcel) -> int:
-    return sum(np.asarray(value).nbytes for value in parcel.arrays.values())
+    return len(_text(parcel)) + sum(np.asarray(value).nbytes for value in parcel.arrays.values())
 
 
 def _digest(parcel: Parcel) -> str:
-    found = hashlib.sha256()
+    """Of all that leaves, so that it can be told later what did."""
+    found = hashlib.sha256(_text(parcel))
     for name in sorted(parcel.arrays):
         found.update(name.encode())
         found.update(np.ascontiguousarray(parcel.arrays[name]).tobytes())
     return found.hexdigest()
+
+
+def _text(parcel: Parcel) -> bytes:
+    return json.dumps(dict(parcel.text), sort_keys=True).encode() if parcel.text else b""
