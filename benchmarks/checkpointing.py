@@ -293,8 +293,8 @@ def _result(runs: Sequence[Run], rounds: int) -> Result:
         f"train.precision=auto takes here; medians of {rounds} steps taken in turn. Bytes: the worst batch size; peak "
         "memory: the batch size with the larger gain.",
         "Peak memory is that of the whole step beyond the built network: gradients and the optimiser's state, which "
-        "checkpointing can't shed, are in it, and so is what the C library keeps of freed blocks. Beyond state: without "
-        "the former.",
+        "checkpointing can't shed, are in it, and so is what the C library keeps of freed blocks. Beyond state: "
+        "without the former.",
         f"All runs, also with 4 and 16 segments as far as {SECONDS / 60:.0f} min allow: results/checkpointing.md.",
     ]
     return Result(figures=figures, targets=targets, notes=notes)
