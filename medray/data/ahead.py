@@ -76,13 +76,6 @@ class Helpers:
             log.info("loader: %.0f %% of the time went on waiting; trying %d helpers", 100 * share, more)
             self._change(more)
 
-    def limit(self, most: int) -> None:
-        """Never more than so many from now on."""
-        self.most = most
-        if self.number > most:
-            self._former, self._settled = None, True
-            self._change(most)
-
     def _change(self, number: int) -> None:
         self.number, self._fresh = number, True
 

@@ -174,6 +174,7 @@ class TrainLoader:
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=True,
                 multiprocessing_context=context,
+                generator=torch.Generator(),  # of seeds that nothing here uses; the global one is the network's
             )
         return self._loader
 

@@ -164,7 +164,7 @@ def test_helpers_change_nothing(volumes: PreparedStore, processes: bool) -> None
         segmentation(volumes, config, workers=0),
         segmentation(volumes, config, workers=2, processes=processes),
     )
-    threads = torch.get_num_threads()
+    threads, drawn = torch.get_num_threads(), torch.get_rng_state()
     for epoch in (0, 1, 4):  # one that they were ahead into, and one that they weren't
         here.set_epoch(epoch)
         there.set_epoch(epoch)
@@ -175,6 +175,7 @@ def test_helpers_change_nothing(volumes: PreparedStore, processes: bool) -> None
             there.set_strength(0.5)
         assert same(list(here), list(there))
     assert there.workers == 2 and torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), drawn), "the network's own draws would depend on the loader"
 
 
 def test_threads_go_on_into_the_next_epoch(volumes: PreparedStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -408,6 +408,25 @@ def test_a_tracker_is_told_how_fast_it_goes_and_what_it_waits_for() -> None:
     assert min(tracker.seen["system/peak_memory_mb"]) > 1 and "system/device_use" not in tracker.seen
 
 
+def test_a_loader_hears_what_each_epoch_came_to(tmp_path: Path) -> None:
+    class Listens(Blobs):
+        workers = 3
+
+        def __init__(self) -> None:
+            super().__init__(pause=0.005)
+            self.heard: list[tuple[float, float, float]] = []
+
+        def observe(self, samples: float, seconds: float, waited: float) -> None:
+            self.heard.append((samples, seconds, waited))
+
+    loader = Listens()
+    result = run(experiment(), loader)
+    assert len(loader.heard) >= 5 and all(samples == 4 * 8 for samples, _, _ in loader.heard)
+    assert all(4 * 0.005 <= waited <= seconds for _, seconds, waited in loader.heard)
+    waited, seconds = (sum(row[column] for row in loader.heard) for column in (2, 1))
+    assert result.loader_wait == pytest.approx(waited / seconds, abs=0.2) and result.loader_workers == 3
+
+
 def test_a_loader_without_batches_or_with_too_few_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no batch"):
         run(experiment(), Blobs(batches=0))

@@ -25,6 +25,20 @@ def test_rates_are_of_the_time_since_the_last_reading() -> None:
     assert meter.rates() == (1.0, 0.0)
 
 
+def test_epochs_and_the_run_are_counted_apart_from_readings() -> None:
+    meter = Meter(torch.device("cpu"))
+    meter.stepped(8, 0.5)
+    meter.rates()
+    meter.stepped(8, 0.5)
+    assert meter.epoch() == (16, 1.0, 0.0) and meter.epoch() == (0, 0.0, 0.0)
+    with meter.waiting():
+        time.sleep(0.02)
+    meter.stepped(4, 0.04)
+    spent = meter.epoch()
+    assert spent.samples == 4 and 0.5 <= spent.share <= 1.0
+    assert meter.wait() == pytest.approx(spent.waited / 1.04)
+
+
 def test_a_processor_tells_memory_alone() -> None:
     meter = Meter(torch.device("cpu"))
     meter.ask_device()
