@@ -36,7 +36,7 @@ data: phantom://xray-nodules?cases=40&size=32
 device: cpu
 model: {name: small_cnn, feature_size: 16}
 train: {epochs: 120, validate_every: 4, batch_size: 8}
-study: {name: cut, budget: 30min, trials: 4, pruner: none, sampler: random, concurrency: 2, ensemble: false}
+study: {name: cut, budget: 3h, trials: 4, pruner: none, sampler: random, concurrency: 2, ensemble: false}
 space: {optim.lr: {float: [1.0e-4, 1.0e-2], log: true}}
 """
 RUN = Path("/mnt/medray/runs/cut")
