@@ -162,7 +162,7 @@ class StudyDriver:
         self._ids: dict[int, int] = {}
         self._params: dict[int, dict[str, Any]] = {}
         self._histories: dict[int, list[dict[str, Any]]] = {}
-        self._losses: dict[int, list[str]] = {}
+        self._lost_on: dict[int, list[str]] = {}
         self._running: set[int] = set()
         self._unfinished: list[int] = []
         self._failures: list[tuple[int, str]] = []
@@ -175,7 +175,7 @@ class StudyDriver:
             self._ids[trial.number] = trial._trial_id
             self._params[trial.number] = dict(trial.user_attrs.get("params", {}))
             self._histories[trial.number] = list(trial.user_attrs.get("history", []))
-            self._losses[trial.number] = list(trial.user_attrs.get("losses", []))
+            self._lost_on[trial.number] = list(trial.user_attrs.get("losses", []))
             if trial.state == TrialState.RUNNING:
                 self._unfinished.append(trial.number)
             elif trial.state == TrialState.FAIL:
@@ -301,8 +301,8 @@ class StudyDriver:
     def lose(self, number: int, host: str) -> None:
         """Keep that a running trial was lost with its process on ``host``, and is run again."""
         self._must_run(number)
-        self._losses.setdefault(number, []).append(host)
-        self._set(number, "losses", self._losses[number])
+        self._lost_on.setdefault(number, []).append(host)
+        self._set(number, "losses", self._lost_on[number])
 
     def complete(self, number: int, outcome: TrialOutcome) -> None:
         """End a trial with its outcome.

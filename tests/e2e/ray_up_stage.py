@@ -36,7 +36,7 @@ data: phantom://xray-nodules?cases=40&size=32
 device: cpu
 model: {name: small_cnn, feature_size: 16}
 train: {epochs: 120, validate_every: 4, batch_size: 8}
-study: {name: cut, budget: 30min, trials: 4, pruner: none, sampler: random, concurrency: 2, ensemble: false}
+study: {name: cut, budget: 3h, trials: 4, pruner: none, sampler: random, concurrency: 2, ensemble: false}
 space: {optim.lr: {float: [1.0e-4, 1.0e-2], log: true}}
 """
 RUN = Path("/mnt/medray/runs/cut")
@@ -127,7 +127,11 @@ def cluster_file(folder: Path) -> str:
 def play(folder: Path, file: str) -> None:
     """The commands of docs/cluster.md."""
     say("token", "ray", "get-auth-token", "--generate")
-    up = say("up", "ray", "up", "-y", "--no-config-cache", file, timeout=180)
+    for _ in range(3):  # Ray gives its processes half a minute to start, which a busy machine may not keep
+        up = run("ray", "up", "-y", "--no-config-cache", file, timeout=180)
+        if up.returncode == 0:
+            break
+    tell("up", up)
     if up.returncode == 0:
         with (folder / "tunnel.txt").open("w") as log:
             tunnel = subprocess.Popen(["ray", "dashboard", file], stdout=log, stderr=log, cwd=ROOT)

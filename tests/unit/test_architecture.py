@@ -54,6 +54,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "openvino": ("medray.predict",),
     "tensorrt": ("medray.predict",),
     "onnxruntime": ("medray.predict", "medray.compress"),
+    "pyarrow.fs": ("medray.workflows.storage",),
     "mlflow": ("medray.tracking",),
     "tensorboard": ("medray.tracking",),
     "torch.utils.tensorboard": ("medray.tracking",),

@@ -37,10 +37,11 @@ def test_a_group_goes_on_without_a_lost_machine_and_grows_with_a_new_one(tmp_pat
     steps = [after - before for (before, _), (after, _) in pairwise(found["epochs"])]
     assert set(steps) <= {0, 1} and steps.count(0) <= 2, "each change costs less than the time between two checkpoints"
 
-    # What one process makes of it: fp32's rounding apart, which grows from step to step, the same.
+    # What one process makes of it: the same, but for fp32's rounding, which grows tenfold an epoch. Its fifth and
+    # sixth are those of the one process that was left; with half the batch they would be others.
     rows, last = found["history"], found["epochs"][-1][0]
     recipe = Recipe(directory=str(data), explicit=explicit, cache=str(cache))
     alone = train_model(recipe, recipe.experiment(), tmp_path / "alone", on_validation=lambda at: at.epoch >= last)
     assert [(row["epoch"], row["step"]) for row in rows] == [(row["epoch"], row["step"]) for row in alone.fit.history]
-    for mine, theirs in zip(rows[:12], alone.fit.history, strict=False):
+    for mine, theirs in zip(rows[:6], alone.fit.history, strict=False):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
