@@ -24,7 +24,7 @@ TINY = [
     "device=cpu",
     "privacy.epsilon=8",
     "privacy.delta=1e-3",
-    "privacy.metric_noise=0.5",
+    "privacy.metric_noise=2",
 ]
 
 
