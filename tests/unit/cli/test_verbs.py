@@ -82,7 +82,7 @@ def test_tune_resumes_with_overrides(monkeypatch: pytest.MonkeyPatch, calls: Cal
 def test_train_takes_overrides_alone(
     monkeypatch: pytest.MonkeyPatch, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer = SimpleNamespace(headline="val/dice 0.8", directory=Path("runs/x"))
+    answer = SimpleNamespace(headline="val/dice 0.8", directory=Path("runs/x"), privacy=())
     calls.fake("medray.workflows.training", "train_experiment", answer)
     assert run(monkeypatch, "train", "data=phantom://ct-lesions?size=16", "optim.lr=1e-3") == 0
     arguments, keywords = calls.seen[0]

@@ -335,3 +335,53 @@ def test_nothing_to_train_on(pictures: PreparedStore, volumes: PreparedStore) ->
         segmentation(volumes, experiment(patch_size=(8, 8, 8), cutmix=0.2))
     with pytest.raises(DataError, match="have no mask"):
         segmentation(pictures, experiment())
+
+
+class Counted:
+    """A source of lots that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.rng, self.rates = np.random.default_rng(3), set()
+
+    def lots(self, count: int, rate: float) -> Any:
+        self.rates.add((count, rate))
+        return np.flatnonzero(self.rng.random(count) <= rate)
+
+    def seed(self) -> int:
+        return int(self.rng.integers(2**63 - 1))
+
+
+def test_poisson_samples_hold_each_unit_with_the_rate_and_each_once(volumes: PreparedStore) -> None:
+    spec = Experiment(augment=PLAIN, train=TrainConfig(batch_size=3, patch_size=(8, 8, 8), foreground=0.5))
+    loader = train_loader(volumes, range(12), spec, kind="segmentation", num_classes=3)
+    source = Counted()
+    private = loader.poisson(0.25, source)
+    assert (private.units, len(private), len(loader)) == (12, 4, 4)
+    sizes, seen = [], Counter()
+    for _ in range(30):
+        for batch in private:
+            index = batch["index"].tolist()
+            assert len(set(index)) == len(index) and batch["image"].shape == (len(index), 1, 8, 8, 8)
+            assert batch["target"].shape == (len(index), 8, 8, 8)
+            sizes.append(len(index))
+            seen.update(index)
+    assert source.rates == {(12, 0.25)}
+    assert 0 in sizes and abs(np.mean(sizes) - 3) < 0.5 and min(seen.values()) > 15 and len(seen) == 12
+    with pytest.raises(ConfigError, match="sample rate 0"):
+        loader.poisson(0.0, source)
+
+
+def test_a_patient_gives_one_image_to_a_poisson_sample(volumes: PreparedStore) -> None:
+    spec = Experiment(augment=PLAIN, train=TrainConfig(batch_size=2, patch_size=(8, 8, 8)))
+    loader = train_loader(volumes, range(12), spec, kind="segmentation", num_classes=3)
+    groups = ["a"] * 9 + ["b", "c", "d"]
+    private = loader.poisson(0.5, Counted(), groups=groups)
+    assert (private.units, len(private)) == (4, 2)
+    seen: Counter[int] = Counter()
+    for _ in range(60):
+        for batch in private:
+            of = [groups[i] for i in batch["index"].tolist()]
+            assert len(set(of)) == len(of)
+            seen.update(batch["index"].tolist())
+    by_patient = Counter(groups[i] for i in seen.elements())
+    assert len(seen) == 12 and max(by_patient.values()) < 1.6 * min(by_patient.values())

@@ -63,7 +63,7 @@ def test_a_plan_knows_its_rate_and_what_part_of_it_costs() -> None:
         plan_privacy(config, units=10, batch_size=48, steps=10)
     with pytest.raises(PrivacyError, match="must be below one over"):
         plan_privacy(config.model_copy(update={"delta": 0.05}), units=64, batch_size=48, steps=10)
-    with pytest.raises(PrivacyError, match="above privacy.epsilon"):
+    with pytest.raises(PrivacyError, match=r"above privacy\.epsilon"):
         plan_privacy(config.model_copy(update={"noise_multiplier": 0.5}), units=64, batch_size=48, steps=10)
 
 

@@ -78,7 +78,7 @@ def test_limits_of_a_run_and_a_year(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(PrivacyError, match="can be opened after 365"):
         ledger.renew(by="a person")
     ledger.set_limits(Limits(epsilon=5.5, delta=1e-5), by="a person")
-    with pytest.raises(PrivacyError, match="allows 5.5 ever"):
+    with pytest.raises(PrivacyError, match=r"allows 5\.5 ever"):
         ledger.reserve(run="c", history=[(1.0, 1.0, 1)])
 
 

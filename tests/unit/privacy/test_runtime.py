@@ -1,4 +1,4 @@
-"""Private training: the trajectory of the formula, with the proximal term; Poisson samples; what fit() keeps to itself."""
+"""Private training: the trajectory of the formula, with and without the proximal term; what fit() keeps to itself."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def network() -> nn.Module:
 
 
 def plan(**changes: Any) -> PrivacyPlan:
-    tree: dict[str, Any] = dict(
-        noise_multiplier=SIGMA,
-        sample_rate=RATE,
-        steps=12,
-        units=UNITS,
-        epsilon=9.0,
-        delta=1e-3,
-        accountant="rdp",
-        unit="record",
-        clip_norm=CLIP,
-    )
+    tree: dict[str, Any] = {
+        "noise_multiplier": SIGMA,
+        "sample_rate": RATE,
+        "steps": 12,
+        "units": UNITS,
+        "epsilon": 9.0,
+        "delta": 1e-3,
+        "accountant": "rdp",
+        "unit": "record",
+        "clip_norm": CLIP,
+    }
     return PrivacyPlan(**{**tree, **changes})
 
 
@@ -205,7 +205,10 @@ def test_a_run_that_goes_on_counts_the_steps_of_before(tmp_path: Path) -> None:
     def dies(_model: nn.Module) -> dict[str, float]:
         raise Killed
 
-    run(tmp_path)
+    with pytest.raises(Killed):
+        run(tmp_path, validate=dies)
+    _, runtime, _, _ = run(tmp_path)
+    assert (runtime.done, runtime.steps) == (0, 12)  # what was lost was never released, and is made again
     _, runtime, _, _ = run(tmp_path)
     assert (runtime.done, runtime.steps) == (12, 0)
 

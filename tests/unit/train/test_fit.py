@@ -39,6 +39,10 @@ class Blobs:
             self.served += 1
             yield self.draw(1000 * self.epoch + position)
 
+    def poisson(self, rate: float, source: Any, *, groups: Any = None) -> Blobs:
+        """Endless data: any batch of it is as good as a lot."""
+        return self
+
     def draw(self, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         target = torch.randint(0, 2, (self.size,), generator=generator)

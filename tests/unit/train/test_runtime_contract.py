@@ -12,6 +12,7 @@ from torch import nn
 from medray.config.schema import Experiment
 from medray.learn.losses import build_loss
 from medray.learn.optimizers import build_optimizer
+from medray.models.norms import group_norms
 from medray.train.fit import fit
 from medray.train.runtime import LocalRuntime, Runtime
 from tests.unit.train.test_fit import Blobs, accuracy, experiment, network
@@ -25,7 +26,27 @@ def group_of_one() -> Runtime:
     return GroupRuntime("cpu")
 
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"local": LocalRuntime, "group": group_of_one}
+def private() -> Runtime:
+    """With hardly any noise: what it does with more is in tests/unit/privacy."""
+    from medray.config.privacy import PrivacyConfig
+    from medray.privacy.accountant import PrivacyPlan
+    from medray.privacy.runtime import PrivateRuntime
+
+    plan = PrivacyPlan(
+        noise_multiplier=1e-3,
+        sample_rate=0.25,
+        steps=1000,
+        units=32,
+        epsilon=1e9,
+        delta=1e-3,
+        accountant="rdp",
+        unit="record",
+        clip_norm=10.0,
+    )
+    return PrivateRuntime(plan, PrivacyConfig(unit="record"))
+
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"local": LocalRuntime, "group": group_of_one, "private": private}
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -35,9 +56,14 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
+def net(runtime: Runtime) -> nn.Module:
+    """Batch normalisation is nothing that can be private."""
+    return group_norms(network()) if getattr(runtime, "private", False) else network()
+
+
 def test_prepare_gives_a_model_on_the_device_whose_optimiser_owns_its_parameters(runtime: Runtime) -> None:
     spec = Experiment()
-    bare = network()
+    bare = net(runtime)
     model, optimizer, loader = runtime.prepare(bare, lambda m: build_optimizer(m, spec.optim), Blobs())
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # The caller's module is trained in place, whatever it is wrapped in.
@@ -88,5 +114,5 @@ def test_no_sync_lets_gradients_accumulate(runtime: Runtime) -> None:
 def test_fit_trains_through_it(runtime: Runtime) -> None:
     spec = experiment(train__epochs=15, train__micro_batch=3)
     loss = build_loss(spec.loss, kind="classification", num_classes=2)
-    result = fit(spec, network(), Blobs(), loss, validate=accuracy, objective=("val/loss", "min"), runtime=runtime)
+    result = fit(spec, net(runtime), Blobs(), loss, validate=accuracy, objective=("val/loss", "min"), runtime=runtime)
     assert result.best["val/accuracy"] > 0.9 and {v.device.type for v in result.weights.values()} == {"cpu"}
