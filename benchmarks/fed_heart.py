@@ -71,8 +71,8 @@ OURS = {
     "train": {"batch_size": 256},
     "federation": {"rounds": 25, "local_steps": 1},
 }
-"""One step a round, on a batch that holds all of a site's cases (some twice, since it is filled up): what the server makes
-of it is, nearly, a step on all cases together."""
+"""One step a round, on a batch that holds all of a site's cases (some twice, since it is filled up): the server makes
+of it, nearly, a step on all cases together."""
 
 
 def private(epsilon: float) -> dict[str, Any]:
