@@ -1,20 +1,23 @@
 """What a site does when the server asks: say who it is, measure its data, train, judge.
 
 A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
-that are its own, what compression left out. The state of the last two rounds is kept, so that a round can be repeated
-when the server lost its answer.
+that are its own, what compression left out. The state of the last two rounds is kept, with the answer that was given: a
+server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -27,8 +30,9 @@ from medray.data.loader import TrainLoader, train_loader
 from medray.data.manifest import Manifest
 from medray.data.splits import Splits, make_splits
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError
+from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.compression import compress
+from medray.learn.aggregation.mean import Weights
 from medray.learn.losses import build_loss
 from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
@@ -138,6 +142,10 @@ class SiteWorker:
         bench = self._set_up(parcel)
         federation = bench.experiment.federation
         number = int(parcel.text["round"])
+        question = _digest(parcel)
+        given = self._given(number, question, private=bench.experiment.privacy.on)
+        if given is not None:
+            return given
         state = self._load(bench, parcel, before=number)
         judged = self._judge(bench)
         weights = cast(dict[str, Any], dict(parcel.arrays))
@@ -158,9 +166,8 @@ class SiteWorker:
         update = {name: value - weights[name] for name, value in after.items()}
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
-        self._keep(bench, number, runtime, left)
         losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
-        return Parcel(
+        answer = Parcel(
             text={
                 **judged,
                 "cases": len(bench.splits.train),
@@ -170,6 +177,27 @@ class SiteWorker:
             },
             arrays=sent,
         )
+        self._keep(bench, number, runtime, left, question, answer)
+        return answer
+
+    def _given(self, number: int, question: str, *, private: bool) -> Parcel | None:
+        """The answer to this very question, if it was given before.
+
+        Raises:
+            PrivacyError: the round, or a later one, was answered to another question, and privacy is paid by the round.
+        """
+        found = [checkpoint.load(self.directory / f"state-{half}.pt") for half in (0, 1)]
+        for state in found:
+            if state is not None and state["round"] == number and state["question"] == question:
+                arrays = {name: value.numpy() for name, value in state["answer"].items()}
+                return Parcel(text=json.loads(state["text"]), arrays=arrays)
+        done = max((int(state["round"]) for state in found if state is not None), default=-1)
+        if private and done >= number:
+            raise PrivacyError(
+                f"site {self.folder.name}: round {number + 1} was trained and answered before, with other weights or "
+                "settings. A second answer is not in the plan of noise. Begin a new federation"
+            )
+        return None
 
     def _runtime(
         self, bench: _Bench, number: int, batches: Rounds, optimizer: dict[str, Any] | None
@@ -278,7 +306,9 @@ class SiteWorker:
         fitting = [state for state in found if state is not None and (before is None or state["round"] < before)]
         return max(fitting, key=lambda state: int(state["round"]), default={})
 
-    def _keep(self, bench: _Bench, number: int, runtime: _Keeps, residual: dict[str, Any]) -> None:
+    def _keep(
+        self, bench: _Bench, number: int, runtime: _Keeps, residual: Weights, question: str, answer: Parcel
+    ) -> None:
         own = {
             name: value.detach().cpu().clone()
             for name, value in bench.model.state_dict().items()
@@ -288,9 +318,25 @@ class SiteWorker:
             "round": number,
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
-            "residual": {name: torch.from_numpy(np.array(value)) for name, value in residual.items()},
+            "residual": _tensors(residual),
+            "question": question,
+            "text": json.dumps(dict(answer.text)),
+            "answer": _tensors(answer.arrays),
         }
         checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+
+
+def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+
+
+def _digest(parcel: Parcel) -> str:
+    """Of all that a question says."""
+    digest = hashlib.sha256(json.dumps(dict(parcel.text), sort_keys=True).encode())
+    for name, value in sorted(parcel.arrays.items()):
+        digest.update(f"{name}\0{value.dtype}\0{value.shape}\0".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
 
 
 class _Keeps(LocalRuntime):

@@ -17,6 +17,7 @@ from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 from medray.data.manifest import Manifest
 from medray.engines.flower.inprocess import in_process
+from medray.engines.flower.parcel import Parcel
 from medray.errors import ConfigError, PrivacyError
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
@@ -155,6 +156,20 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
         assert {row["state"] for row in entry["sites"].values()} == {"ok"}
         assert all(row["metrics"] == {} and row["loss"] is None for row in entry["sites"].values())
     assert result.metrics == {}
+    # A question that was answered is answered alike; another one for the same round would be paid for again.
+    site = folders[0].open()
+    model = new_model(spec, recipe.manifest)
+    text = {"experiment": spec.model_dump(mode="json"), "round": 1}
+    with pytest.raises(PrivacyError, match="answered before"):
+        site("train", Parcel(text=text, arrays=arrays_of(model, shared_names(model, spec.federation))))
+    other = tmp_path / "twice"
+    recipe, folders, spec = prepared(table, other, **sections)
+    site, first = (
+        folders[0].open(),
+        Parcel(text=text | {"round": 0}, arrays=arrays_of(model, shared_names(model, spec.federation))),
+    )
+    once, again = site("train", first), site("train", first)
+    assert all(np.array_equal(value, again.arrays[name]) for name, value in once.arrays.items())
     more = {"privacy__epsilon": "3", "privacy__delta": "1e-3"}
     with pytest.raises(PrivacyError, match=r"preprocess\.mean"):
         simulate_federation(None, overrides(table, **more), out=tmp_path / "refused")
