@@ -220,7 +220,8 @@ def _measure(bundle: Bundle, device: Device, precision: Precision | None, thread
         except MedrayError as error:
             fallen.append(Attempt(engine=runtime, precision=each, reason=str(error)))
     if not engines:
-        reasons = "; ".join(f"{a.engine} {a.precision}: {a.reason}" for a in fallen) or "none is installed"
+        reasons = "; ".join(f"{a.engine} {a.precision}: {a.reason}" for a in fallen)
+        reasons = reasons or f"none computes in {precision or bundle.spec.precision} here"
         raise BundleError(f"{bundle.directory}: no runtime can answer on {device}: {reasons}")
     with torch_threads(threads):
         times = race(engines, bundle.golden()[0])
