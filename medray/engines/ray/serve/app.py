@@ -351,8 +351,8 @@ class _Around:
             await self._app(scope, receive, watched)
         except Exception as error:
             # Caught here, since what is above would log it, and an error's text may quote what a client sent.
-            told = {"error": type(error).__name__, "route": _route(scope), "where": _where(error)}
-            logs.event("defect", level="error", **told)
+            kind, where = type(error).__name__, _where(error)
+            logs.event("defect", level="error", error=kind, route=_route(scope), where=where)
             if not started:
                 body = RefusedError(500, "defect", "the server met a defect of its own; its log says where").body
                 await JSONResponse(body, status_code=500)(scope, receive, watched)

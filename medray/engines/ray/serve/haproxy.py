@@ -17,6 +17,8 @@ from pathlib import Path
 
 from medray.config.serving import ServeConfig
 
+SOCKET = "RAY_SERVE_HAPROXY_SOCKET_PATH"
+"""Environment variable of the administration socket, in a folder of its own."""
 _SCRIPT = """#!/bin/sh
 # Written by medray: see medray/engines/ray/serve/haproxy.py
 for argument in "$@"; do
@@ -56,18 +58,19 @@ def variables(config: ServeConfig, state: Path) -> dict[str, str]:
     script.chmod(0o700)
     # A Unix socket's path has at most 107 bytes: the state folder's may be longer.
     sockets = tempfile.mkdtemp(prefix="medray-")
-    statistics, metrics = _free_ports(2)
+    statistics, metrics, fallback = _free_ports(3)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{sockets}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{sockets}/admin.sock",
+        SOCKET: f"{sockets}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": sockets,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{sockets}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{sockets}/metrics.sock",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),  # 8500 for every server of a machine, as it comes
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.limits.answer_seconds) + 10),
         "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514",

@@ -29,7 +29,7 @@ class Replica:
         loopback: nothing of it may be reached from other machines.
     """
 
-    async def __init__(  # type: ignore[misc]  (Serve awaits it)
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         content: dict[str, Any],
         path: str | None,

@@ -59,8 +59,12 @@ def serving(config: ServeConfig, path: Path | None, *, address: str | None = Non
     secure = config.security.certificate is not None
     if address is None and config.fast_proxy and not secure:
         variables |= haproxy.variables(config, state)
-    with _set(variables), ray_session(address=address, cpus=usable_cpus() if address is None else None):
-        yield from _run(config, path, {FOLDER: str(metrics.absolute())}, local=address is None)
+    try:
+        with _set(variables), ray_session(address=address, cpus=usable_cpus() if address is None else None):
+            yield from _run(config, path, {FOLDER: str(metrics.absolute())}, local=address is None)
+    finally:
+        if haproxy.SOCKET in variables:
+            shutil.rmtree(Path(variables[haproxy.SOCKET]).parent, ignore_errors=True)
 
 
 def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *, local: bool) -> Iterator[str]:

@@ -35,7 +35,7 @@ def test_what_ray_writes_is_mended_before_the_program_runs(tmp_path: Path, monke
     assert "bind 127.0.0.1:{{ config.metrics_port }}" in text and "bind 127.0.0.1:{{ config.stats_port }}" in text
     assert "bind {{ config.frontend_host }}:" in text  # this one follows the host
     assert "mode 666" not in text and "errorfile 503" not in text
-    assert len({value for name, value in variables.items() if name.endswith("_PORT")}) == 2
+    assert len({value for name, value in variables.items() if name.endswith("_PORT")}) == 3
 
 
 def test_without_the_program_it_is_left_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
