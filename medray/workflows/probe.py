@@ -38,7 +38,7 @@ def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float:
         build_loss(experiment.loss, kind=kind, num_classes=classes),
         runtime=runtime,
         precision=precision,
-        micro_batch=experiment.train.micro_batch,
+        micro_batch=None if experiment.train.micro_batch == "auto" else experiment.train.micro_batch,
         clip_norm=experiment.optim.clip_norm,
         channels_last=channels_last,
     )
