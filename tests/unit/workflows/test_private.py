@@ -57,7 +57,7 @@ def test_a_private_run_reserves_says_and_settles(tmp_path: Path) -> None:
 def test_what_a_crash_left_reserved_counts_and_is_used_up_when_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
+    class Killed(Exception):
         pass
 
     def dies(*_args: object, **_named: object) -> float:
