@@ -84,7 +84,8 @@ def ours(
             state.unlink()
 
     def serve(hub: Hub) -> float:
-        hub.sites()
+        while len(hub.sites()) < len(names):  # on Ray they come up after the server
+            time.sleep(0.1)
         began = time.monotonic()
         made = Rounds(hub, out, spec, arrays_of(model, shared), statistics_of(model), objective=("val/accuracy", "max"))
         made.run(names)

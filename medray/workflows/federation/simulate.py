@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
@@ -43,7 +43,8 @@ LOT = "lot.json"
 """How the cases of a run were dealt out; its presence says that the sites' folders are whole."""
 SMALL = 2_000_000
 """Parameters up to which sites are called one after the other in this process: starting others would cost more."""
-T = TypeVar("T")
+PATIENCE = 300.0
+"""Seconds that sites may take to come up."""
 
 
 def simulate_federation(
@@ -267,9 +268,7 @@ def run_rounds(
     model = new_model(experiment, recipe.manifest)
     shared = shared_names(model, experiment.federation)
     of = experiment.federation.rounds
-    missing = sorted(set(names) - set(hub.sites()))
-    if missing:
-        raise FederationError(f"sites {', '.join(missing)} did not come up; the log says why")
+    _await(hub, names)
     return Rounds(
         hub,
         out,
@@ -281,6 +280,21 @@ def run_rounds(
         tell=lambda number, entry: stage.round(number, entry, of),
         note=lambda text: stage(text, "note"),
     ).run(names)
+
+
+def _await(hub: Hub, names: tuple[str, ...]) -> None:
+    """Wait until all sites are there: on Ray they come up after the server.
+
+    Raises:
+        FederationError: some are not there in time; they are named.
+    """
+    latest = time.monotonic() + PATIENCE
+    while missing := sorted(set(names) - set(hub.sites())):
+        if time.monotonic() > latest:
+            raise FederationError(
+                f"sites {', '.join(missing)} did not come up within {PATIENCE:.0f} s. Is there memory for them all?"
+            )
+        time.sleep(0.1)
 
 
 def _shareable(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medray.config.compose import Composed
-from medray.config.schema import Experiment
+from medray.config.schema import Experiment, StudyConfig
 from medray.data.fingerprint import Fingerprint
 from medray.data.manifest import Manifest
 from medray.engines.flower.inprocess import in_process
@@ -62,7 +62,7 @@ def rounds(out: Path, recipe: Recipe, folders: tuple[SiteFolder, ...], spec: Exp
 
 def prepared(table: Path, out: Path, **sections: Any) -> tuple[Recipe, tuple[SiteFolder, ...], Experiment]:
     explicit = {"data": f"{table}?columns=age,marker,sex", "device": "cpu", **sections}
-    composed = Composed(explicit=explicit, study=None, space={})  # type: ignore[arg-type]
+    composed = Composed(explicit=explicit, study=StudyConfig(), space={}, source_file=None)
     recipe, folders = prepare_sites(composed, out, lambda *_: None)
     return recipe, folders, recipe.experiment()
 
