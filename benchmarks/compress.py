@@ -22,9 +22,9 @@ def run(quick: bool) -> Result:
     work = work_folder(quick)
     figures: dict[str, Figure] = {}
     notes: list[str] = []
-    seconds = 4.0 if quick else 120.0
+    length = "train.epochs=1" if quick else "train.budget=120s"
     for name, (place, options) in _steps(work, quick).items():
-        step = _step(work, name, place, options, seconds)
+        step = _step(work, name, place, options, length)
         if step.verdict is None:
             notes.append(f"{name}: {step.reason}")
             continue
@@ -41,30 +41,30 @@ def run(quick: bool) -> Result:
 
 
 def _steps(work: Path, quick: bool) -> dict[str, tuple[Path, dict[str, Any]]]:
-    side, seconds = (32, 4.0) if quick else (224, 300.0)
+    side, length = (32, {"epochs": 1}) if quick else (224, {"budget": 300.0})
     archive = str(shared_data() / "medmnist" / ("breastmnist.npz" if quick else "pneumoniamnist.npz"))
     flat = {
         "preprocess": {"size": [side, side]},
-        "train": {"budget": seconds, "batch_size": 8 if quick else 32},
-        "model": {"name": "small_cnn", "feature_size": 32} if quick else {"name": "resnet50"},
+        "train": {**length, "batch_size": 8 if quick else 32},
+        "model": {"name": "small_cnn", "feature_size": 48} if quick else {"name": "resnet50"},
     }
     classifier = trained(work, "compress-classifier", archive, flat)
     student = "small_cnn"
     found = {"prune_2d": (classifier, {"prune": 0.5}), "distill": (classifier, {"distill": student})}
     if not quick:
         table = cases(shared_data() / "msd_hippocampus", work)
-        tree = {"model": {"name": "unet"}, "train": {"budget": seconds}}
+        tree = {"model": {"name": "unet"}, "train": {**length}}
         found["prune_3d"] = (trained(work, "compress-hippocampus", str(table), tree), {"prune": 0.5})
     return found
 
 
-def _step(work: Path, name: str, place: Path, options: dict[str, Any], seconds: float) -> Any:
+def _step(work: Path, name: str, place: Path, options: dict[str, Any], length: str) -> Any:
     from medray.workflows.compress import CompressOptions, compress
 
     report = compress(
         place,
         CompressOptions(max_drop=1.0, **options),
-        [f"train.budget={seconds}s"],
+        [length],
         out=work / "bundles" / f"compress-{name}-small",
     )
     return report.steps[0]
