@@ -27,7 +27,7 @@ ELSEWHERE = {"crash", "faults"}
 """A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
 
 
-LONG = {"baseline", "overhead"}
+LONG = {"baseline", "compress", "overhead"}
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE | LONG])
