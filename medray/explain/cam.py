@@ -166,10 +166,15 @@ def _heat(
     chosen = target_of(member, windows[0].values)
     total = np.zeros(windows[0].whole, dtype=np.float32)
     count = np.zeros(windows[0].whole, dtype=np.float32)
+    shape = tuple(part.stop - part.start for part in windows[0].at)
+    weight = np.ones(shape, dtype=np.float32)
+    for axis, n in enumerate(shape):  # less towards a window's ends, where it saw least: no seams
+        ramp = 1.01 - np.abs(2 * (np.arange(n, dtype=np.float32) + 0.5) / n - 1)
+        weight *= ramp.reshape([-1 if a == axis else 1 for a in range(len(shape))])
     for window in windows:
-        total[window.at] += _window_heat(bundle, member, chosen, window.values, target, method)
-        count[window.at] += 1
-    heat = total / np.maximum(count, 1)
+        total[window.at] += weight * _window_heat(bundle, member, chosen, window.values, target, method)
+        count[window.at] += weight
+    heat = total / count
     return np.asarray(heat / max(float(heat.max()), 1e-12), dtype=np.float32), chosen.name
 
 

@@ -27,8 +27,11 @@ ELSEWHERE = {"crash", "faults"}
 """A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
 
 
-LONG = {"baseline", "ddp", "drive", "overhead"}
-"""``ddp``: groups are brought up in test_train_together.py; ``drive``: hippocampus and medmnist go the same way."""
+LONG = {
+    "ablation", "baseline", "budget", "checkpointing", "compress", "ddp", "drive", "fed_heart", "fed_speed", "hostile_http",
+    "int8", "loader", "overhead", "runtimes", "serve",
+}  # fmt: skip
+"""What they measure is tested elsewhere in seconds: by the workflows' own tests, and by groups in test_train_together.py."""
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE | LONG])
