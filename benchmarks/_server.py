@@ -49,7 +49,8 @@ def serving(folder: Path, models: dict[str, Path], *, runtime: str = "onnx", **k
     log = folder / "out.txt"
     with log.open("wb") as out:
         command = [sys.executable, "-m", "medray", "serve", str(folder / "serve.yaml")]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths}
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder)
     try:
         until = time.monotonic() + START_SECONDS

@@ -89,6 +89,7 @@ def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | N
     if config.security.keys is not None:
         content["security"] = {**content["security"], "keys": config.security.keys}
     path = Path(config.state) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with appearing(path) as partial:
         partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path

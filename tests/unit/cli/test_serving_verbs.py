@@ -47,6 +47,7 @@ def test_bundles_become_a_configuration_that_can_be_edited(tmp_path: Path, monke
     bundles = ["runs/seg/bundle", "runs/cls/bundle", "old/seg"]
     path = serving.configuration(bundles, {"port": 9000, "security": {"keys": "k.json"}}, "onnx")
     assert path == tmp_path / "runs/serve/serve.yaml"
+    assert path.parent.stat().st_mode & 0o077 == 0
     content = yaml.safe_load(path.read_text())
     assert list(content["models"]) == ["seg", "cls", "seg-2"] and content["port"] == 9000
     assert content["security"]["keys"] == str(tmp_path / "k.json")

@@ -115,6 +115,7 @@ def test_arrays_and_channels(client) -> None:
         (png(), {"Content-Encoding": "gzip"}, 415),
         (png(), {"Content-Type": "multipart/form-data"}, 400),
         (png(), {"Content-Type": "multipart/form-data; boundary=x"}, 400),
+        (npy(np.zeros((4, 4))).replace(b"(4, 4)", b"((4, 4"), {}, 422),
         (b"PK\3\4 not really", {}, 400),
         (zipped({"../evil.dcm": b"x"}), {}, 400),
         (zipped({"/etc/evil.dcm": b"x"}), {}, 400),
