@@ -8,12 +8,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from medray.engines.flower.hub import FlowerHub
-from medray.engines.flower.parcel import Hub
+from medray.engines.flower.parcel import HubOf
 
 __all__ = ["server_app"]
 
-Lead = Callable[[Hub, Mapping[str, object]], None]
-"""Leads one run to its end, with a hub to the sites and the run's configuration."""
+Lead = Callable[[HubOf, Mapping[str, object]], None]
+"""Leads one run to its end, with what makes a hub to the sites, and the run's configuration."""
 
 
 def server_app(lead: Lead) -> ServerApp:
@@ -22,6 +22,6 @@ def server_app(lead: Lead) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        lead(FlowerHub(grid), dict(context.run_config))
+        lead(lambda register: FlowerHub(grid, register), dict(context.run_config))
 
     return app

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from medray.engines.flower.parcel import Kind, Parcel
+from medray.engines.flower.parcel import Kind, Parcel, readable
 from medray.engines.flower.wire import pack, unpack
 from medray.errors import FederationError
 
@@ -16,14 +17,23 @@ __all__ = ["FlowerHub"]
 _TYPES = {"query": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 HELLO_SECONDS = 120.0
 """How long a node may take to say which site it is."""
+POLL_SECONDS = 1.0
+LONGEST_NAME = 100
 
 
 class FlowerHub:
-    """Knows sites by the names that they give themselves; asks a node's name once."""
+    """Knows sites by the register of nodes or, without one, by the names that they give themselves.
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-        self._names: dict[int, str] = {}
+    Args:
+        grid: Flower's.
+        register: names of the sites by their nodes' numbers, which Flower's server gave to their keys. Then whoever
+            isn't in it is left alone, and an answer is of the node that was asked, whatever it says. None asks each
+            node for its name, once: in a simulation all nodes are ours.
+    """
+
+    def __init__(self, grid: Grid, register: Mapping[int, str] | None = None) -> None:
+        self._grid, self._registered = grid, register is not None
+        self._names: dict[int, str] = dict(register or {})
 
     def sites(self) -> tuple[str, ...]:
         """See :class:`~medray.engines.flower.parcel.Hub`.
@@ -32,12 +42,12 @@ class FlowerHub:
             FederationError: two nodes give the same name.
         """
         nodes = set(self._grid.get_node_ids())
-        strangers = sorted(nodes - self._names.keys())
+        strangers = [] if self._registered else sorted(nodes - self._names.keys())
         if strangers:
             hello = Parcel(text={"ask": "hello"})
             for node, reply in self._exchange("query", dict.fromkeys(strangers, hello), HELLO_SECONDS).items():
                 if reply.error is None:
-                    self._names[node] = str(reply.text.get("name") or node)
+                    self._names[node] = readable(str(reply.text.get("name") or node), LONGEST_NAME)
         present = [self._names[node] for node in nodes if node in self._names]
         twice = sorted({name for name in present if present.count(name) > 1})
         if twice:
@@ -52,16 +62,50 @@ class FlowerHub:
 
     def _exchange(self, kind: Kind, parcels: Mapping[int, Parcel], deadline: float) -> dict[int, Parcel]:
         packed: dict[int, object] = {}  # the same weights go to all: they are written once
-        messages = []
+        messages: dict[int, Message] = {}
         for node, parcel in parcels.items():
             if id(parcel) not in packed:
                 packed[id(parcel)] = pack(parcel)
             content = packed[id(parcel)]
-            messages.append(Message(content, dst_node_id=node, message_type=_TYPES[kind], ttl=10 * deadline + 60))  # type: ignore[arg-type]
+            messages[node] = Message(content, dst_node_id=node, message_type=_TYPES[kind], ttl=10 * deadline + 60)  # type: ignore[arg-type]
+        if self._registered:
+            return self._answers_by_node(messages, deadline)
         answers: dict[int, Parcel] = {}
-        for reply in self._grid.send_and_receive(messages, timeout=deadline):
-            try:
-                answers[reply.metadata.src_node_id] = unpack(reply)
-            except FederationError as error:
-                answers[reply.metadata.src_node_id] = Parcel(error=str(error))
+        for reply in self._grid.send_and_receive(list(messages.values()), timeout=deadline):
+            if reply.metadata.src_node_id in messages:
+                answers[reply.metadata.src_node_id] = _read(reply)
         return answers
+
+    def _answers_by_node(self, messages: Mapping[int, Message], deadline: float) -> dict[int, Parcel]:
+        """One node's answer at a time, by the number of the question.
+
+        Who wrote an answer stands in the answer itself, where Flower doesn't check it; who may answer a question it
+        does. And what one site sent may be such that Flower can't read it.
+        """
+        until = time.monotonic() + deadline
+        nodes = list(messages)
+        numbers = list(self._grid.push_messages(list(messages.values())))
+        # Flower gives them in order, None for one that it didn't take; none at all where all were too large.
+        waiting = {name: node for name, node in zip(numbers, nodes, strict=bool(numbers)) if name}
+        answers: dict[int, Parcel] = {}
+        while waiting and time.monotonic() < until:
+            for name, node in list(waiting.items()):
+                try:
+                    replies = list(self._grid.pull_messages([name]))
+                except Exception as error:  # the others' answers may be well
+                    answers[node] = Parcel(error=f"an answer that can't be read ({type(error).__name__})")
+                    del waiting[name]
+                    continue
+                if replies:
+                    answers[node] = _read(replies[0])
+                    del waiting[name]
+            if waiting:
+                time.sleep(POLL_SECONDS)
+        return answers
+
+
+def _read(reply: Message) -> Parcel:
+    try:
+        return unpack(reply)
+    except FederationError as error:
+        return Parcel(error=str(error))

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Answer", "Hub", "Kind", "Parcel", "wire_size"]
+__all__ = ["Answer", "Hub", "HubOf", "Kind", "Parcel", "readable", "wire_size"]
 
 Kind = Literal["query", "train", "evaluate"]
 
@@ -37,6 +37,11 @@ def wire_size(parcel: Parcel) -> int:
     return len(json.dumps(dict(parcel.text))) + sum(value.nbytes for value in parcel.arrays.values())
 
 
+def readable(text: str, most: int) -> str:
+    """What a stranger wrote, fit for a log: so many characters at most, in one line, none that steers a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:most])
+
+
 Answer = Callable[[Kind, Parcel], Parcel]
 """What a site does with a message."""
 
@@ -58,3 +63,7 @@ class Hub(Protocol):
         Returns:
             the answers that came in time, by site; who is missing was late.
         """
+
+
+HubOf = Callable[[Mapping[int, str]], Hub]
+"""A hub to the sites, from their names by their nodes' numbers."""

@@ -21,15 +21,15 @@ from medray.bundle.spec import INTENDED_USE
 from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.learn.intervals import Interval
+from medray.privacy.policy import recipe_digest
 from medray.report.data import Interval as Shown
 from medray.report.federation import ComparisonRow, FederationReport, SiteRow, write_federation_report
-from medray.train import checkpoint
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.federation.rounds import Federated
 from medray.workflows.federation.shared import put
 from medray.workflows.federation.showing import curves, round_row, settings, shown
-from medray.workflows.federation.site import SiteFolder
+from medray.workflows.federation.site import SiteFolder, kept_state
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
@@ -132,9 +132,8 @@ def _site_models(ended: Ended) -> dict[str, Network]:
         if one is not None and not private:
             found[folder.name] = one
             continue
-        kept = [checkpoint.load(Path(folder.directory) / f"state-{half}.pt") for half in (0, 1)]
-        newest: Any = max((s for s in kept if s is not None), key=lambda s: int(s["round"]), default={})
         if private:
+            newest = kept_state(Path(folder.directory), recipe_digest(ended.experiment))
             model.load_state_dict(newest.get("own", {}), strict=False)
         put(model, dict(ended.federated.weights))
         found[folder.name] = one = Network(model=model.eval(), experiment=ended.experiment)

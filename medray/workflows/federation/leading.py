@@ -20,11 +20,13 @@ import yaml
 
 from medray.bundle.spec import INTENDED_USE
 from medray.config.compose import compose
+from medray.config.federation import FederationConfig
 from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 from medray.data.fingerprint_merge import merge_fingerprints
 from medray.data.manifest import Manifest
-from medray.engines.flower.parcel import Hub, Parcel
+from medray.engines.flower.parcel import Hub, HubOf, Parcel, readable
+from medray.engines.flower.superlink import NODES
 from medray.errors import ConfigError, FederationError
 from medray.learn.intervals import Interval
 from medray.privacy.policy import recipe_digest
@@ -46,6 +48,8 @@ __all__ = ["Asked", "lead", "run_federation"]
 ASKED = "asked.yaml"
 APP = Path(__file__).parent / "app"
 POLL_SECONDS = 2.0
+LONGEST_LINE = 4000
+"""Of the log, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,34 +88,37 @@ def run_federation(
 
     Raises:
         ConfigError: ``out`` holds a run already and ``resume`` is off, or a field is refused.
-        FederationError: the server isn't up.
+        FederationError: the server isn't up, or weights would stay at the sites.
     """
     if (out / ASKED).exists() and not resume:
         raise ConfigError(f"{out} holds a run already. Go on with it by --resume, or choose another with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / ASKED).exists():
-        explicit = compose(path, overrides).explicit
+    resumed = (out / ASKED).exists()
+    explicit = _explicit(out) if resumed else compose(path, overrides).explicit
+    _refuse_local(_federation(explicit))
+    if not resumed:
         explicit.pop("data", None)  # each site has its own
+        out.mkdir(parents=True, exist_ok=True)
         (out / ASKED).write_text(yaml.safe_dump(explicit, sort_keys=False), encoding="utf-8")
     if fingerprint is not None:
         Fingerprint.load(fingerprint).save(out / "fingerprint.json")
     recipe = None
     if (out / "fingerprint.json").is_file():
         recipe = recipe_digest(_experiment(out))
-    number = start_run(federation, APP, {"directory": str(out.resolve())})
+    register = (federation / "server" / "state" / NODES).resolve()
+    number = start_run(federation, APP, {"directory": str(out.resolve()), "nodes": str(register)})
     return Asked(number=number, directory=out, recipe=recipe)
 
 
-def lead(hub: Hub, config: Mapping[str, object]) -> None:
+def lead(hub_of: HubOf, config: Mapping[str, object]) -> None:
     """Lead one run to its end; called on the server by Flower.
 
     Args:
-        hub: to the sites.
-        config: ``directory`` of the run.
+        hub_of: makes a hub to the sites.
+        config: ``directory`` of the run; ``nodes``, the file that says which node is which site.
     """
     directory, began = Path(str(config["directory"])), time.monotonic()
     try:
-        _lead(hub, directory, began)
+        _lead(hub_of(_register(Path(str(config["nodes"])))), directory, began)
     except Exception as error:
         _write(directory / "failed.txt", f"{type(error).__name__}: {error}\n")
         raise
@@ -119,8 +126,8 @@ def lead(hub: Hub, config: Mapping[str, object]) -> None:
 
 def _lead(hub: Hub, directory: Path, began: float) -> None:
     said = _Journal(directory / "run.log")
-    explicit = yaml.safe_load((directory / ASKED).read_text(encoding="utf-8")) or {}
-    asked = Experiment.model_validate({"federation": explicit.get("federation") or {}}).federation
+    asked = _federation(_explicit(directory))
+    _refuse_local(asked)
     sites = _gathered(hub, asked.quorum, asked.deadline, said)
     if not (directory / "fingerprint.json").is_file():
         _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said).save(directory / "fingerprint.json")
@@ -146,8 +153,43 @@ def _lead(hub: Hub, directory: Path, began: float) -> None:
     said(headline)
 
 
+def _explicit(directory: Path) -> dict[str, Any]:
+    """What was asked for."""
+    return yaml.safe_load((directory / ASKED).read_text(encoding="utf-8")) or {}
+
+
+def _federation(explicit: Mapping[str, Any]) -> FederationConfig:
+    return Experiment.model_validate({"federation": explicit.get("federation") or {}}).federation
+
+
+def _refuse_local(federation: FederationConfig) -> None:
+    """Refuse a run some of whose weights the server will never see: its bundle would hold them untrained."""
+    if federation.strategy == "fedbn" or federation.local:
+        what = "federation.strategy=fedbn" if federation.strategy == "fedbn" else "federation.local"
+        raise FederationError(
+            f"{what} keeps weights at the sites, and the bundle of a run over a network is written at the server, "
+            "which would have them untrained. Choose another strategy and leave federation.local empty, or try it in a "
+            "simulation: medray federate simulate"
+        )
+
+
+def _register(path: Path) -> dict[int, str]:
+    """Names of the sites by their nodes' numbers, as the server wrote them down when it let them in.
+
+    Raises:
+        FederationError: the file can't be read; then nobody could say who is who.
+    """
+    try:
+        return {int(number): str(name) for name, number in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise FederationError(
+            f"{path}: which node is which site can't be read ({error}). Start the federation's server again: medray "
+            "federate server"
+        ) from None
+
+
 class _Journal:
-    """``run.log``: what a person may follow while the run goes on."""
+    """``run.log``: what a person may follow while the run goes on. Each entry is one line, whatever a site wrote."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -155,7 +197,7 @@ class _Journal:
     def __call__(self, text: str) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{now} {text}\n")
+            file.write(f"{now} {readable(text, LONGEST_LINE)}\n")
 
 
 def _gathered(hub: Hub, quorum: int, deadline: float, said: Callable[[str], None]) -> tuple[str, ...]:
@@ -210,7 +252,6 @@ def _experiment(directory: Path) -> Experiment:
 
 def _recipe(directory: Path) -> Recipe:
     """A recipe without cases: what the fingerprint says is all that the server knows."""
-    explicit = yaml.safe_load((directory / ASKED).read_text(encoding="utf-8")) or {}
     found = Fingerprint.load(directory / "fingerprint.json")
     Manifest(
         source="federation",
@@ -222,7 +263,7 @@ def _recipe(directory: Path) -> Recipe:
         modality=found.modality,
         cases=(),
     ).save(directory / "manifest.json")
-    return Recipe(directory=str(directory), explicit=explicit, cache=str(directory / "cache"))
+    return Recipe(directory=str(directory), explicit=_explicit(directory), cache=str(directory / "cache"))
 
 
 def _line(number: int, entry: Mapping[str, Any], of: int) -> str:

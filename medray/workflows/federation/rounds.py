@@ -7,10 +7,9 @@ names the newest weights; both appear whole or not at all.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,11 @@ State = Literal["ok", "late", "failed", "quarantined"]
 RECORD = "federation.json"
 REMEMBERED = 5
 """Rounds whose norms say what is usual."""
+LARGEST = 1e100
+"""Figures beyond it are nobody's; sums of these can't overflow."""
+MOST_FIGURES, LONGEST_NAME = 100, 100
+MOST_TIMES = 10.0
+"""How many times the usual number of cases a site may count for: nobody can check what it says of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ class Rounds:
             self.note(f"round {self.round + 1}: waiting for the quorum of {self.config.quorum}. {missing}")
         self._observe({name: answer for name, answer in now.answers.items() if name in now.updates})
         names = sorted(now.updates)
-        counts = [max(1.0, float(now.answers[name].get("cases", 1))) for name in names]
+        counts = _counts([now.answers[name] for name in names], private=self.experiment.privacy.on)
         stepped = self.aggregator(self.weights, [now.updates[name] for name in names], counts)
         broken = fault(stepped, self.weights)
         if broken is not None:
@@ -218,9 +222,11 @@ class Rounds:
         """The update in an answer, or why there is none to be had."""
         try:
             update = decompress(answer.arrays, self.weights, self.config.compression)
+            reason = fault(update, self.weights) or _odd(answer.text)
         except FederationError as error:
             return None, str(error)
-        reason = fault(update, self.weights) or _odd(answer.text)
+        except Exception as error:  # whatever a stranger's arrays come to, the other sites go on
+            return None, f"it can't be read ({type(error).__name__}: {str(error)[:200]})"
         return (update, None) if reason is None else (None, reason)
 
     def _measure(self, now: _Round, arrived: dict[str, Weights]) -> None:
@@ -275,7 +281,8 @@ class Rounds:
         self._observe(answers)
         self.history[-1]["last"] = {
             "metrics": _mean_metrics(answers),
-            "sites": {name: text["metrics"] for name, text in sorted(answers.items())},
+            # Under privacy a site's answer holds no figures at all.
+            "sites": {name: text.get("metrics") or {} for name, text in sorted(answers.items())},
         }
         self._save()
 
@@ -347,17 +354,33 @@ def _odd(text: Mapping[str, Any]) -> str | None:
     metrics = text.get("metrics", {})
     if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
         return "its metrics are no finite numbers"
+    if len(metrics) > MOST_FIGURES or not all(n.isprintable() and len(n) <= LONGEST_NAME for n in metrics):
+        return f"its metrics are more than {MOST_FIGURES}, or their names are none"
     if not all(text.get(key) is None or _is_number(text[key]) for key in ("loss", "seconds", "steps")):
         return "its loss, seconds or steps are no finite numbers"
     for key in ("cases", "judged"):
         value = text.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000_000:
-            return f"its number of cases ({key}={value!r}) is none"
+            shown = value if _is_number(value) else f"a {type(value).__name__}"
+            return f"its number of cases ({key}={shown}) is none"
     return None
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Comparing holds for whole numbers of any length, which are no floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _counts(answers: Sequence[Mapping[str, Any]], *, private: bool) -> list[float]:
+    """What each site counts for in the mean: its training cases, as it states them, within a bound.
+
+    Under privacy no site states them, and one that did would count for more than all others: all count alike.
+    """
+    if private:
+        return [1.0] * len(answers)
+    stated = [max(1.0, float(text.get("cases", 1))) for text in answers]
+    most = MOST_TIMES * sorted(stated)[(len(stated) - 1) // 2]  # of two in the middle the smaller: growth poisons
+    return [min(count, most) for count in stated]
 
 
 def _mean_metrics(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
 that are its own, what compression left out. The state of the last two rounds is kept, with the answer that was given: a
 server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time.
+State of another recipe is another run's, and counts for nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +31,13 @@ from medray.data.loader import TrainLoader, train_loader
 from medray.data.manifest import Manifest
 from medray.data.splits import Splits, make_splits
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, PrivacyError
+from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
 from medray.learn.losses import build_loss
 from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
+from medray.privacy.policy import recipe_digest
 from medray.privacy.runtime import PrivateRuntime
 from medray.train import checkpoint
 from medray.train.fit import fit
@@ -46,10 +48,13 @@ from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
 
-__all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
+__all__ = ["SiteFolder", "SiteWorker", "kept_state", "local_experiment", "opener"]
 
 Charge = Callable[[PrivacyPlan, int], None]
-"""Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not."""
+"""Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not.
+
+No steps reserve the run: that comes before data are touched.
+"""
 
 _NOTHING = ("val/none", "max")
 
@@ -87,8 +92,16 @@ def local_experiment(experiment: Experiment) -> Experiment:
 
 @dataclass(kw_only=True)
 class _Bench:
-    """What a site needs for one experiment, built once."""
+    """What a site needs for one experiment, built once.
 
+    Attributes:
+        recipe: its content hash.
+        experiment: as it is trained here.
+        steps: of one round.
+        plan: of the whole run's privacy, where it has any.
+    """
+
+    recipe: str
     experiment: Experiment
     model: nn.Module
     fresh: dict[str, torch.Tensor]
@@ -97,7 +110,8 @@ class _Bench:
     validate: Validate | None
     shared: tuple[str, ...]
     splits: Splits
-    plan: PrivacyPlan | None = None
+    steps: int
+    plan: PrivacyPlan | None
 
 
 class SiteWorker:
@@ -106,20 +120,22 @@ class SiteWorker:
     Args:
         folder: of the site.
         charge: called before each round of private training; None in a simulation, whose sites have no ledger.
+        fewest: patients that must train, or nothing is trained; and validate, or nothing is judged.
     """
 
-    def __init__(self, folder: SiteFolder, *, charge: Charge | None = None) -> None:
-        self.folder, self._charge = folder, charge
+    def __init__(self, folder: SiteFolder, *, charge: Charge | None = None, fewest: int = 1) -> None:
+        self.folder, self._charge, self._fewest = folder, charge, fewest
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
         self._bench: _Bench | None = None
-        self._document: Any = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
         """Do what is asked.
 
         Raises:
             FederationError: a question that no site knows, or weights that don't fit.
+            PolicyError: too few patients would train.
+            PrivacyError: the run, or this round of it, may not be paid for.
             MedrayError: whatever the work itself comes to.
         """
         if kind == "query" and parcel.text.get("ask") == "hello":
@@ -129,7 +145,10 @@ class SiteWorker:
         if kind == "train":
             return self._train(parcel)
         if kind == "evaluate":
-            bench = self._set_up(parcel)
+            experiment = self._asked(parcel)
+            if experiment.privacy.on:  # an exact figure would be private data let out
+                return Parcel(text={"metrics": {}, "judged": 0})
+            bench = self._set_up(experiment)
             self._load(bench, parcel, before=None)
             return Parcel(text=self._judge(bench))
         raise FederationError(f"site {self.folder.name}: {kind} {dict(parcel.text)} is nothing that a site answers")
@@ -139,19 +158,20 @@ class SiteWorker:
 
     def _train(self, parcel: Parcel) -> Parcel:
         began = time.monotonic()
-        bench = self._set_up(parcel)
-        federation = bench.experiment.federation
+        experiment = self._asked(parcel)
+        federation = experiment.federation
         number = int(parcel.text["round"])
         question = _digest(parcel)
-        given = self._given(number, question, private=bench.experiment.privacy.on)
+        given = self._given(experiment, number, question)
         if given is not None:
             return given
+        bench = self._set_up(experiment)
         state = self._load(bench, parcel, before=number)
         judged = self._judge(bench)
         weights = cast(dict[str, Any], dict(parcel.arrays))
         leg = Leg(number, federation.rounds)
-        batches = Rounds(bench.loader, leg, steps=federation.local_steps, epochs=federation.local_epochs)
-        runtime = self._runtime(bench, number, batches, state.get("optimizer"))
+        batches = Rounds(bench.loader, leg, steps=bench.steps, epochs=federation.local_epochs)
+        runtime = self._runtime(bench, number, state.get("optimizer"))
         result = fit(
             bench.experiment,
             bench.model,
@@ -180,27 +200,27 @@ class SiteWorker:
         self._keep(bench, number, runtime, left, question, answer)
         return answer
 
-    def _given(self, number: int, question: str, *, private: bool) -> Parcel | None:
+    def _given(self, experiment: Experiment, number: int, question: str) -> Parcel | None:
         """The answer to this very question, if it was given before.
 
         Raises:
             PrivacyError: the round, or a later one, was answered to another question, and privacy is paid by the round.
         """
-        found = [checkpoint.load(self.directory / f"state-{half}.pt") for half in (0, 1)]
+        found = _states(self.directory, recipe_digest(experiment))
         for state in found:
-            if state is not None and state["round"] == number and state["question"] == question:
+            if state["round"] == number and state["question"] == question:
                 arrays = {name: value.numpy() for name, value in state["answer"].items()}
                 return Parcel(text=json.loads(state["text"]), arrays=arrays)
-        done = max((int(state["round"]) for state in found if state is not None), default=-1)
-        if private and done >= number:
+        done = max((int(state["round"]) for state in found), default=-1)
+        if experiment.privacy.on and done >= number:
             raise PrivacyError(
-                f"site {self.folder.name}: round {number + 1} was trained and answered before, with other weights or "
-                "settings. A second answer is not in the plan of noise. Begin a new federation"
+                f"site {self.folder.name}: round {number + 1} was trained and answered before, with other weights. A "
+                "second answer is not in the plan of noise. Begin a new federation, with another seed"
             )
         return None
 
     def _runtime(
-        self, bench: _Bench, number: int, batches: Rounds, optimizer: dict[str, Any] | None
+        self, bench: _Bench, number: int, optimizer: dict[str, Any] | None
     ) -> SiteRuntime | PrivateSiteRuntime:
         """What trains this round: plainly, or under the privacy that the whole federation was planned with.
 
@@ -209,26 +229,17 @@ class SiteWorker:
         experiment = bench.experiment
         federation, device = experiment.federation, resolve_device(experiment.device)
         mu = federation.proximal_mu if federation.strategy == "fedprox" else 0.0
-        if not experiment.privacy.on:
+        if bench.plan is None:
             return SiteRuntime(device, mu=mu, optimizer=optimizer)
-        groups = [self.manifest.cases[index].group for index in bench.splits.train]
-        units = len(set(groups)) if experiment.privacy.unit == "patient" else len(groups)
-        if bench.plan is None:  # the accountant takes a while, and says the same in every round
-            bench.plan = plan_privacy(
-                experiment.privacy,
-                units=units,
-                batch_size=min(experiment.train.batch_size, units),
-                steps=federation.rounds * len(batches),
-            )
         if self._charge is not None:
-            self._charge(bench.plan, len(batches))
+            self._charge(bench.plan, bench.steps)
         return PrivateSiteRuntime(
             bench.plan,
             experiment.privacy,
             device=device,
-            groups=groups,
+            groups=self._groups(bench.splits.train),
             mu=mu,
-            done=number * len(batches),
+            done=number * bench.steps,
             seed=experiment.seed + number,
             optimizer=optimizer,
         )
@@ -246,28 +257,43 @@ class SiteWorker:
     # -- what is built once, and what is kept
     # -----------------------------------------------------------------------------
 
-    def _set_up(self, parcel: Parcel) -> _Bench:
-        if self._bench is not None and parcel.text.get("experiment") == self._document:
-            return self._bench
+    def _asked(self, parcel: Parcel) -> Experiment:
         try:
-            experiment = Experiment.model_validate(parcel.text["experiment"])
+            return Experiment.model_validate(parcel.text["experiment"])
         except (KeyError, ValidationError) as error:
             raise FederationError(
                 f"site {self.folder.name}: the server's experiment isn't valid here ({error}). Do both sides run the "
                 "same version?"
             ) from None
-        experiment = local_experiment(experiment)
+
+    def _set_up(self, asked: Experiment) -> _Bench:
+        """What the run needs. Whether it may be had at all is settled before any image is read."""
+        recipe = recipe_digest(asked)
+        experiment = local_experiment(asked)
+        if self._bench is not None and self._bench.experiment == experiment:
+            return self._bench
         manifest, kind, classes = self.manifest, self.manifest.task, outputs(self.manifest)
-        store = PreparedStore.open_or_build(manifest, experiment.preprocess, Path(self.folder.cache))
         splits = make_splits(manifest, experiment.split, experiment.split.seed)
+        patients = len(set(self._groups(splits.train)))
+        if patients < self._fewest:
+            raise PolicyError(
+                f"site {self.folder.name!r} refuses: {patients} patients would train, fewer than fewest="
+                f"{self._fewest}: too few to hide among. Hold back fewer (split.test, split.folds)"
+            )
+        steps = _steps(experiment, len(splits.train))
+        plan = self._plan(experiment, splits, steps)
+        if plan is not None and self._charge is not None:
+            self._charge(plan, 0)
+        store = PreparedStore.open_or_build(manifest, experiment.preprocess, Path(self.folder.cache))
         device = resolve_device(experiment.device)
         model = new_model(experiment, manifest).to(device)
         validate = None
-        if splits.val:
+        if len(set(self._groups(splits.val))) >= max(1, self._fewest):
             validate = make_validate(
                 store, splits.val, experiment, kind=kind, num_classes=classes, runtime=LocalRuntime(device)
             )
         self._bench = _Bench(
+            recipe=recipe,
             experiment=experiment,
             model=model,
             fresh={name: value.detach().clone() for name, value in model.state_dict().items()},
@@ -276,9 +302,27 @@ class SiteWorker:
             validate=validate,
             shared=shared_names(model, experiment.federation),
             splits=splits,
+            steps=steps,
+            plan=plan,
         )
-        self._document = parcel.text["experiment"]
         return self._bench
+
+    def _plan(self, experiment: Experiment, splits: Splits, steps: int) -> PrivacyPlan | None:
+        """Noise and sample rate of the whole run; None without privacy. The accountant takes a while."""
+        if not experiment.privacy.on:
+            return None
+        groups = self._groups(splits.train)
+        units = len(set(groups)) if experiment.privacy.unit == "patient" else len(groups)
+        return plan_privacy(
+            experiment.privacy,
+            units=units,
+            batch_size=min(experiment.train.batch_size, units),
+            steps=experiment.federation.rounds * steps,
+        )
+
+    def _groups(self, cases: Sequence[int]) -> list[str]:
+        """The patient of each case."""
+        return [self.manifest.cases[index].group for index in cases]
 
     def _load(self, bench: _Bench, parcel: Parcel, *, before: int | None) -> dict[str, Any]:
         """Set the network to the server's weights and this site's own; the state of the round before, if there is one.
@@ -294,17 +338,11 @@ class SiteWorker:
         if bench.experiment.privacy.on:  # what takes gradients of samples may leave its hooks in the network
             bench.model = new_model(bench.experiment, self.manifest).to(resolve_device(bench.experiment.device))
         bench.model.load_state_dict(bench.fresh)
-        state = self._kept(before)
+        state = kept_state(self.directory, bench.recipe, before=before)
         own = state.get("own", {})
         bench.model.load_state_dict(own, strict=False)
         put(bench.model, cast(dict[str, Any], dict(parcel.arrays)))
         return state
-
-    def _kept(self, before: int | None) -> dict[str, Any]:
-        """The newest state of a round below ``before``; the newest of all for None; nothing where there is none."""
-        found = [checkpoint.load(self.directory / f"state-{half}.pt") for half in (0, 1)]
-        fitting = [state for state in found if state is not None and (before is None or state["round"] < before)]
-        return max(fitting, key=lambda state: int(state["round"]), default={})
 
     def _keep(
         self, bench: _Bench, number: int, runtime: _Keeps, residual: Weights, question: str, answer: Parcel
@@ -315,6 +353,7 @@ class SiteWorker:
             if name not in bench.shared
         }
         state = {
+            "recipe": bench.recipe,
             "round": number,
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
@@ -324,6 +363,31 @@ class SiteWorker:
             "answer": _tensors(answer.arrays),
         }
         checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+
+
+def kept_state(directory: Path, recipe: str, *, before: int | None = None) -> dict[str, Any]:
+    """A site's newest state of a run: of a round below ``before``, or of all; nothing where there is none.
+
+    Args:
+        directory: of the site.
+        recipe: content hash of the run's experiment; what another one left doesn't count.
+        before: a round's number, from 0.
+    """
+    fitting = [state for state in _states(directory, recipe) if before is None or state["round"] < before]
+    return max(fitting, key=lambda state: int(state["round"]), default={})
+
+
+def _states(directory: Path, recipe: str) -> list[dict[str, Any]]:
+    found = [checkpoint.load(directory / f"state-{half}.pt") for half in (0, 1)]
+    return [state for state in found if state is not None and state.get("recipe") == recipe]
+
+
+def _steps(experiment: Experiment, cases: int) -> int:
+    """Optimiser steps of one round."""
+    federation, train = experiment.federation, experiment.train
+    if federation.local_steps is not None:
+        return federation.local_steps
+    return federation.local_epochs * math.ceil(cases * train.samples_per_case / train.batch_size)
 
 
 def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:

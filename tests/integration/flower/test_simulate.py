@@ -19,10 +19,11 @@ from medray.data.manifest import Manifest
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Parcel
 from medray.errors import ConfigError, PrivacyError
+from medray.privacy.policy import recipe_digest
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
 from medray.workflows.federation.simulate import prepare_sites, simulate_federation
-from medray.workflows.federation.site import SiteFolder, opener
+from medray.workflows.federation.site import SiteFolder, kept_state, opener
 from medray.workflows.prediction import predict_files
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import new_model
@@ -129,7 +130,7 @@ def test_fedbn_keeps_norms_and_named_heads_at_their_site(table: Path, tmp_path: 
         "head.weight",
         "head.bias",
     }
-    own = [folder.open()._kept(None)["own"] for folder in folders]
+    own = [kept_state(Path(folder.directory), recipe_digest(spec))["own"] for folder in folders]
     assert not np.array_equal(own[0]["head.weight"].numpy(), own[1]["head.weight"].numpy())
 
 

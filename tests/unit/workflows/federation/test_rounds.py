@@ -96,6 +96,15 @@ def test_good_sites_meet_in_the_middle_and_the_best_round_is_kept(tmp_path: Path
         (lambda _, a: Parcel(text={**a.text, "cases": -3}, arrays=a.arrays), "number of cases"),
         (lambda _, a: Parcel(text={**a.text, "metrics": {"val/error": float("nan")}}, arrays=a.arrays), "metrics"),
         (lambda _, a: Parcel(text={**a.text, "loss": "low"}, arrays=a.arrays), "loss"),
+        (lambda _, a: Parcel(text={**a.text, "loss": 10**400}, arrays=a.arrays), "loss"),
+        (lambda _, a: Parcel(text={**a.text, "metrics": {"val/error": -(10**400)}}, arrays=a.arrays), "metrics"),
+        (lambda _, a: Parcel(text={**a.text, "metrics": {"a\nb": 0.0}}, arrays=a.arrays), "names"),
+        (
+            lambda _, a: Parcel(text={**a.text, "metrics": dict.fromkeys(map(str, range(101)), 0)}, arrays=a.arrays),
+            "100",
+        ),
+        (lambda _, a: Parcel(text={**a.text, "judged": "x" * 10**6}, arrays=a.arrays), "judged=a str"),
+        (lambda _, a: Parcel(text=a.text, arrays={"w": {}}), "can't be read"),  # type: ignore[dict-item]
     ],
 )
 def test_a_bad_update_is_quarantined_named_and_moves_nothing(tmp_path: Path, bad: Bad, said: str) -> None:
@@ -167,3 +176,44 @@ def test_a_share_of_the_sites_is_drawn_anew_each_round(tmp_path: Path) -> None:
     found = run(tmp_path, FakeHub(), fraction=0.67, rounds=8)
     asked = [tuple(entry["sites"]) for entry in found.history]
     assert {len(names) for names in asked} == {2} and len(set(asked)) > 1
+
+
+def said(**text: Any) -> Bad:
+    return lambda _, answer: Parcel(text={**answer.text, **text}, arrays=answer.arrays, size=answer.size)
+
+
+def test_what_a_site_says_of_its_size_counts_within_a_bound(tmp_path: Path) -> None:
+    """Of 10, 10 and 10**9 cases, c's count as 100: its pull is 100 of 120."""
+    found = run(tmp_path, FakeHub({"c": said(cases=10**9)}), rounds=40)
+    assert found.history[0]["sites"]["c"]["state"] == "ok"
+    last = Rounds(
+        FakeHub(),
+        tmp_path,
+        Experiment(federation={"rounds": 40, "quorum": 2, "attempts": 2, "deadline": 1.0}),  # type: ignore[arg-type]
+        start(),
+        frozenset(),
+        objective=("val/error", "min"),
+    )
+    last._resume()
+    assert last.weights["w"] == pytest.approx([(1 * 10 + 3 * 10 + 5 * 100) / 120] * 2, abs=1e-3)
+
+
+def test_under_privacy_all_sites_count_alike_and_no_figure_is_needed(tmp_path: Path) -> None:
+    """A protected answer has no text at all, also to the last look."""
+
+    class Silent(FakeHub):
+        def ask(self, kind: Kind, parcels: Mapping[str, Parcel], deadline: float) -> dict[str, Parcel]:
+            found = super().ask(kind, parcels, deadline)
+            bare = {name: Parcel(arrays=answer.arrays if kind == "train" else {}) for name, answer in found.items()}
+            if kind == "train":  # one that says more than it was asked for
+                bare["c"] = Parcel(text={"cases": 10**9}, arrays=bare["c"].arrays)
+            return bare
+
+    experiment = Experiment.model_validate(
+        {"federation": {"rounds": 40, "quorum": 2}, "privacy": {"epsilon": 1.0}, "train": {"precision": "fp32"}}
+    )
+    found = Rounds(Silent(), tmp_path, experiment, start(), frozenset(), objective=("val/error", "min")).run(
+        tuple(GOAL)
+    )
+    assert found.weights["w"] == pytest.approx([3.0, 3.0], abs=1e-3) and found.best_round == 40
+    assert found.metrics == {} and found.history[-1]["last"]["sites"] == {"a": {}, "b": {}, "c": {}}
