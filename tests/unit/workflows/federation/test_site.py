@@ -1,0 +1,176 @@
+"""What a site keeps between runs, and what it settles before it reads an image; and private rounds from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medray.config.federation_files import SiteConfig
+from medray.config.schema import Experiment
+from medray.data.checks import check
+from medray.data.layouts import build_manifest
+from medray.data.manifest import Manifest
+from medray.data.splits import make_splits
+from medray.engines.flower.inprocess import in_process
+from medray.engines.flower.parcel import Kind, Parcel
+from medray.errors import PolicyError, PrivacyError
+from medray.privacy.accountant import PrivacyPlan
+from medray.workflows.federation import site as sites
+from medray.workflows.federation.attending import Guard
+from medray.workflows.federation.rounds import Rounds
+from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
+from medray.workflows.federation.site import SiteFolder, SiteWorker
+from medray.workflows.training import new_model
+
+PRIVATE = {
+    "epsilon": 2.0,
+    "delta": 1e-5,
+    "metric_noise": None,
+    "mode": "hooks",
+    "accountant": "rdp",
+    "noise_multiplier": 4.0,
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    rng = np.random.default_rng(0)
+    lines = ["patient,age,marker,label"]
+    for row in range(60):
+        age, marker = rng.normal(), rng.normal()
+        lines.append(f"p{row},{age:.3f},{marker:.3f},{int(age + 2 * marker > 0)}")
+    path = tmp_path_factory.mktemp("table") / "cases.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return check(build_manifest(f"{path}?columns=age,marker"))
+
+
+def spec(**sections: Any) -> Experiment:
+    tree: dict[str, Any] = {
+        "data": "-",
+        "device": "cpu",
+        "model": {"name": "linear"},
+        "loss": {"name": "cross_entropy"},
+        "optim": {"lr": 0.1},
+        "train": {"batch_size": 8, "precision": "fp32", "checkpointing": "off", "budget": None},
+        "preprocess": {"normalize": "columns", "mean": [0.0, 0.0], "std": [1.0, 1.0]},
+        "federation": {"rounds": 3, "local_steps": 2, "quorum": 2},
+    }
+    for name, fields in sections.items():
+        tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    return Experiment.model_validate(tree)
+
+
+def place(manifest: Manifest, folder: Path, name: str = "kiel") -> SiteFolder:
+    manifest.save(folder / "site" / "manifest.json")
+    return SiteFolder(name=name, directory=str(folder / "site"), cache=str(folder / "cache"))
+
+
+def ask(manifest: Manifest, experiment: Experiment, number: int = 0) -> Parcel:
+    model = new_model(experiment, manifest)
+    text = {"experiment": experiment.model_dump(mode="json"), "round": number}
+    return Parcel(text=text, arrays=arrays_of(model, shared_names(model, experiment.federation)))
+
+
+def test_private_rounds_from_end_to_end(table: Manifest, tmp_path: Path) -> None:
+    """Real guards around real training: every round is charged, and nothing but weights leaves, to the last look."""
+    experiment, left = spec(privacy=PRIVATE), []
+    guards = []
+    for name in ("kiel", "jena"):
+        tree = {"federation": "f", "name": name, "server": "localhost:1", "data": "-", "fewest": 10}
+        rules = SiteConfig.model_validate(tree).at(tmp_path / name)
+        guards.append(Guard(rules, table, place(table, rules.work, name)))
+
+    def opened(number: int) -> Callable[[Kind, Parcel], Parcel]:
+        def answer(kind: Kind, parcel: Parcel) -> Parcel:
+            found = guards[number](kind, parcel)
+            left.append((kind, dict(found.text), set(found.arrays)))
+            return found
+
+        return answer
+
+    model = new_model(experiment, table)
+    start = arrays_of(model, shared_names(model, experiment.federation))
+    made = Rounds(
+        in_process(opened, 2), tmp_path, experiment, start, statistics_of(model), objective=("val/auc", "max")
+    )
+    found = made.run(("kiel", "jena"))
+    assert [{row["state"] for row in entry["sites"].values()} for entry in found.history] == [{"ok"}] * 3
+    assert found.best_round == 3 and not np.array_equal(found.weights["head.weight"], start["head.weight"])
+    assert [entry for entry in left if entry[0] == "train"] == [("train", {}, set(start))] * 6
+    assert [entry for entry in left if entry[0] == "evaluate"] == [("evaluate", {}, set())] * 2
+    for guard in guards:
+        (entry,) = guard.ledger.entries()
+        assert entry.reservation.history[0][2] == 6, "all steps of the run, once"
+        assert 0 < guard.ledger.spent().epsilon <= 2.0
+
+
+@pytest.mark.parametrize("privacy", [PRIVATE, {}])
+def test_what_another_run_left_counts_for_nothing(table: Manifest, tmp_path: Path, privacy: dict[str, Any]) -> None:
+    """A run after a compressed one with weights of its own trains as if it were the first."""
+    before = spec(
+        optim={"name": "sgd", "momentum": 0.9}, federation={"compression": "topk", "top": 0.3, "local": ["head.bias"]}
+    )
+    after = spec(privacy=privacy, federation={"compression": "topk", "top": 0.3})
+    used, fresh = SiteWorker(place(table, tmp_path / "used")), SiteWorker(place(table, tmp_path / "fresh"))
+    for number in range(3):
+        used("train", ask(table, before, number))
+    seen = []
+    for worker in (used, SiteWorker(place(table, tmp_path / "used")), fresh):
+        seen.append([worker("train", ask(table, after, number)) for number in range(2)])
+    for first, again in zip(seen[0], seen[1], strict=True):  # and a site that was started anew repeats its answers
+        assert all(np.array_equal(value, again.arrays[name]) for name, value in first.arrays.items())
+    if privacy:
+        own = sites.kept_state(Path(used.folder.directory), "of another recipe")
+        assert own == {} and used._given(before, 0, "anything") is None
+    else:
+        for first, new in zip(seen[0], seen[2], strict=True):
+            assert all(np.array_equal(value, new.arrays[name]) for name, value in first.arrays.items())
+
+
+def test_a_run_of_another_network_begins_anew(table: Manifest, tmp_path: Path) -> None:
+    worker = SiteWorker(place(table, tmp_path))
+    worker("train", ask(table, spec(), 0))
+    other = spec(model={"name": "mlp", "feature_size": 8})
+    assert worker("train", ask(table, other, 1)).text["steps"] == 2
+
+
+def test_what_may_not_be_paid_for_is_refused_before_an_image_is_read(
+    table: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: Any) -> None:
+        raise AssertionError("the data were touched")
+
+    asked: list[tuple[int, int]] = []
+
+    def charge(plan: PrivacyPlan, steps: int) -> None:
+        asked.append((plan.steps, steps))
+        raise PrivacyError("over budget")
+
+    monkeypatch.setattr(sites.PreparedStore, "open_or_build", opened)
+    worker = SiteWorker(place(table, tmp_path), charge=charge)
+    with pytest.raises(PrivacyError, match="over budget"):
+        worker("train", ask(table, spec(privacy=PRIVATE)))
+    assert asked == [(6, 0)], "the whole run, of which nothing is made yet"
+    assert worker("evaluate", ask(table, spec(privacy=PRIVATE))).text == {"metrics": {}, "judged": 0}
+
+
+def test_too_few_patients_neither_train_nor_validate(
+    table: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = spec()
+    parts = make_splits(table, experiment.split, experiment.split.seed)
+    train, val = len(parts.train), len(parts.val)
+    assert 1 < val < train
+    place(table, tmp_path)
+    for fewest, judged in ((val, val), (val + 1, 0)):
+        worker = SiteWorker(place(table, tmp_path), fewest=fewest)
+        answer = worker("evaluate", ask(table, experiment))
+        assert answer.text["judged"] == judged and bool(answer.text["metrics"]) == bool(judged)
+    SiteWorker(place(table, tmp_path), fewest=train)("train", ask(table, experiment))
+    monkeypatch.setattr(sites.PreparedStore, "open_or_build", lambda *_: 1 / 0)
+    with pytest.raises(PolicyError, match=f"{train} patients would train, fewer than fewest={train + 1}"):
+        SiteWorker(place(table, tmp_path / "new"), fewest=train + 1)("train", ask(table, experiment))
