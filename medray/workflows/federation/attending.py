@@ -114,7 +114,7 @@ class Guard:
         self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
         self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
-        self.worker = SiteWorker(folder, charge=self._charge)
+        self.worker = SiteWorker(folder, charge=self._charge, fewest=rules.fewest)
         self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:

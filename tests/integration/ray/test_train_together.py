@@ -45,11 +45,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return Recipe(directory=str(folder), explicit=PLAIN, cache=str(folder / "cache"))
 
 
-@pytest.fixture(scope="module")
-def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train_model(recipe, recipe.experiment(), tmp_path_factory.mktemp("alone"))
-
-
 def together(recipe: Recipe, folder: Path, **options: Any) -> Trained:
     return train_model(recipe, recipe.experiment({"train.workers": 2}), folder, cpus=2, **options)
 
@@ -66,13 +61,12 @@ def workers() -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def test_a_lost_process_costs_nothing_and_a_stop_is_heard(
-    ray_session: None, recipe: Recipe, alone: Trained, tmp_path: Path
-) -> None:
+def test_a_lost_process_costs_nothing_and_a_stop_is_heard(ray_session: None, recipe: Recipe, tmp_path: Path) -> None:
     """Rank 0 gets SIGKILL after some validations: the group comes back by itself and goes on as it would have.
 
-    The rows are those of one process but for fp32's rounding, which grows from step to step; that it is nothing else,
-    float64 shows in test_group. (benchmarks/faults.py kills everyone, many times.)
+    The rows are those of a group that nobody disturbed, to the last bit. (That a group does what one process does,
+    test_group shows, in float64: in fp32 rounding grows from step to step, on some processors to percents in epochs.
+    benchmarks/faults.py kills everyone, many times.)
     """
     killed: list[int] = []
 
@@ -83,11 +77,11 @@ def test_a_lost_process_costs_nothing_and_a_stop_is_heard(
             os.kill(process.pid, signal.SIGKILL)
         return progress.epoch >= 9
 
-    found = together(recipe, tmp_path, on_validation=watch)
+    calm = together(recipe, tmp_path / "calm", on_validation=lambda progress: progress.epoch >= 9)
+    found = together(recipe, tmp_path / "disturbed", on_validation=watch)
     assert killed and (found.fit.stopped, found.fit.epochs) == ("pruned", 9)
-    for mine, theirs in zip(found.fit.history, alone.fit.history, strict=False):
-        assert (mine["epoch"], mine["step"]) == (theirs["epoch"], theirs["step"])
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+    for mine, theirs in zip(found.fit.history, calm.fit.history, strict=True):
+        assert all(mine[key] == theirs[key] for key in ("epoch", "step", "loss", "val/auc"))
 
 
 def fails_by_our_own_error(task: Any, runtime: Runtime, report: Callable[[Progress], bool]) -> None:

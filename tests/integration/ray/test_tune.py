@@ -217,7 +217,7 @@ def test_running_trials_are_told_at_the_deadline(tmp_path: Path) -> None:
 def test_trials_that_do_not_listen_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medray.engines.ray.tune._GRACE_SECONDS", 1.0)
     began = time.time()
-    driver, events = run(tmp_path, never_listen, trials=3, deadline=began + 6.0)
+    driver, events = run(tmp_path, never_listen, trials=3, deadline=began + 12.0)
     with driver:
         assert (driver.record(1).state, driver.record(1).stopped) == ("pruned", "deadline")
     assert time.time() < began + 40.0
