@@ -92,7 +92,7 @@ def create_app(get_service: Callable[[], Service]) -> FastAPI:
 
 
 def _key(service: Service, request: Request, scope: Scope, *, counted: bool = False) -> Any:
-    """Who asks; looked up on a thread, where a first look costs 40 ms of scrypt. Counted: it takes of the key's rate."""
+    """Who asks; looked up on a thread, where a first look costs 40 ms of scrypt. Counted: of its rate."""
     text = from_headers(request.headers.get("authorization"), request.headers.get("x-api-key"))
     return asyncio.to_thread(service.let_in if counted else service.known, text, scope)
 

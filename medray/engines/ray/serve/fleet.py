@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import ValidationError
 from torch import nn
 
 from medray.bundle.files import check_files, locate
@@ -367,7 +366,7 @@ class Fleet:
         )
 
     def _stamps(self) -> dict[str, Any]:
-        """Of the file, and of all files of the wanted bundles: one that is still being copied is taken once it is whole."""
+        """Of the file, and of all files of the wanted bundles: a copy under way is taken once it is whole."""
         paths = [] if self._path is None else [self._path]
         for folder in _folders(self._wanted):
             paths.append(Path(folder) / MANIFEST_NAME)

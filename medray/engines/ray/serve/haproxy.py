@@ -28,8 +28,8 @@ _SCRIPT = """#!/bin/sh
 # Written by medray: see medray/engines/ray/serve/haproxy.py
 for argument in "$@"; do
   if [ "$previous" = "-f" ] && [ -f "$argument" ]; then
-    sed -i -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:\\({statistics}\\|{metrics}\\)$/\\1127.0.0.1:\\2/' -e 's/mode 666/mode 600/' \\
-        -e '/^ *errorfile 50[234] /d' "$argument"
+    sed -i -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:\\({statistics}\\|{metrics}\\)$/\\1127.0.0.1:\\2/' \\
+        -e 's/mode 666/mode 600/' -e '/^ *errorfile 50[234] /d' "$argument"
   fi
   previous="$argument"
 done

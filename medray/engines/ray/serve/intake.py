@@ -242,7 +242,7 @@ class _Guarded:
 
 
 def _opened(file: IO[bytes], bounds: Bounds) -> zipfile.ZipFile:
-    """The archive; its directory, which is read whole and becomes an object for each entry, is no larger than it may be."""
+    """The archive; its directory, which is read whole and becomes an object for each entry, is held to its limit."""
     guarded = _Guarded(file, max(1 << 17, bounds.files * _ENTRY))
     archive = zipfile.ZipFile(guarded)
     guarded.most = None

@@ -47,6 +47,9 @@ class Replica:
         loop = asyncio.get_running_loop()
         self._over = threading.Event()
         self.service = await asyncio.to_thread(self._make, content, path, threads, loop)
+        self._start_to_follow()
+
+    def _start_to_follow(self) -> None:
         self._followers = [
             threading.Thread(target=self._follow, args=(look,), name=f"follow-{what}", daemon=True)
             for what, look in (("configuration", self.service.refresh), ("keys", self.service.refresh_keys))

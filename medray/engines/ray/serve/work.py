@@ -1,4 +1,4 @@
-"""Where requests' files lie while they are answered: in the private state folder, and not for longer than their process.
+"""Where requests' files lie while they are answered: in the private state folder, no longer than their process lives.
 
 A process that is killed can't remove what it had: the next one does. Whether another still lives is told by the lock
 that it holds, not by its number, which is another's on another machine or in another container.

@@ -95,7 +95,7 @@ def test_a_client_that_goes_away_does_not_end_the_audit_trail(tmp_path: Path) ->
 def test_the_audit_s_thread_outlives_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = Audit(tmp_path / "audit.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", lambda _: [][0])
+        patch.setattr(os, "fdatasync", lambda _: int("x"))
         with pytest.raises(RefusedError) as refused:
             audit.submit(n=1).result(timeout=10)
     assert refused.value.status == 503
