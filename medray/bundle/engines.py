@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from torch import nn
 
 from medray.bundle.files import locate
+from medray.bundle.spec import BundleSpec
 from medray.bundle.verify import check_golden
 from medray.data.writers.atomic import appearing
 from medray.errors import BundleError, MedrayError
@@ -27,9 +29,6 @@ from medray.predict.openvino_runtime import OpenVinoPredictor, openvino_has_bf16
 from medray.predict.predictor import Floats, Precision, Predictor
 from medray.predict.tensorrt_runtime import TensorRtPredictor
 from medray.predict.torch_runtime import TorchPredictor
-
-if TYPE_CHECKING:
-    from medray.bundle.read import Bundle
 
 ONNX_NAME = "model.onnx"
 
@@ -54,6 +53,24 @@ DEVICES: dict[RuntimeName, tuple[Device, ...]] = {
 
 ROUNDS, SECONDS = 15, 1.5
 """Of the measurement: so many turns of all engines, or so many seconds for each; what comes first."""
+
+
+class Opened(Protocol):
+    """What an engine is made from: an opened :class:`~medray.bundle.read.Bundle`."""
+
+    @property
+    def directory(self) -> Path:
+        """Of its files."""
+
+    @property
+    def spec(self) -> BundleSpec:
+        """What they are."""
+
+    def model(self) -> nn.Module:
+        """The torch twin."""
+
+    def golden(self) -> tuple[Floats, Floats]:
+        """Golden inputs and logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +114,12 @@ class Selection:
         return f"{text}; {self.fallback_reason}" if self.fallback_reason else text
 
 
-def runtimes_here(bundle: Bundle) -> tuple[RuntimeName, ...]:
+def runtimes_here(bundle: Opened) -> tuple[RuntimeName, ...]:
     """The runtimes that the bundle has files for and whose libraries are installed."""
     return tuple(name for name in RUNTIMES if _lacking(bundle, name) is None)
 
 
-def _lacking(bundle: Bundle, runtime: RuntimeName) -> str | None:
+def _lacking(bundle: Opened, runtime: RuntimeName) -> str | None:
     if runtime == "torch" and bundle.spec.precision == "int8":
         return "it is an int8 bundle, whose torch twin has the weights before quantisation and is kept to explain"
     if runtime != "torch" and ONNX_NAME not in bundle.spec.files:
@@ -114,7 +131,7 @@ def _lacking(bundle: Bundle, runtime: RuntimeName) -> str | None:
 
 
 def make_predictor(
-    bundle: Bundle, runtime: RuntimeName, *, device: Device, precision: str | None, threads: int | None
+    bundle: Opened, runtime: RuntimeName, *, device: Device, precision: str | None, threads: int | None
 ) -> Predictor:
     """An engine that has just reproduced the golden outputs. ``precision`` None: that of the bundle's own file.
 
@@ -165,7 +182,7 @@ def make_predictor(
     return made
 
 
-def candidates(bundle: Bundle, device: Device, precision: str | None) -> Iterator[tuple[RuntimeName, str]]:
+def candidates(bundle: Opened, device: Device, precision: str | None) -> Iterator[tuple[RuntimeName, str]]:
     """(engine, precision) of all that could answer for a bundle here."""
     for runtime in runtimes_here(bundle):
         if device not in DEVICES[runtime]:
@@ -189,7 +206,7 @@ def _torch_has_bf16(device: Device) -> bool:
 
 
 def select(
-    bundle: Bundle, *, device: Device, precision: Precision | None, threads: int | None, fresh: bool = False
+    bundle: Opened, *, device: Device, precision: Precision | None, threads: int | None, fresh: bool = False
 ) -> Selection:
     """The fastest engine here that agrees with the golden outputs: remembered for this machine, else measured now.
 
@@ -211,7 +228,7 @@ def select(
     return found
 
 
-def _measure(bundle: Bundle, device: Device, precision: Precision | None, threads: int | None) -> Selection:
+def _measure(bundle: Opened, device: Device, precision: Precision | None, threads: int | None) -> Selection:
     engines: dict[tuple[RuntimeName, str], Predictor] = {}
     fallen: list[Attempt] = []
     for runtime, each in candidates(bundle, device, precision):
@@ -277,7 +294,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medray"
 
 
-def _key(bundle: Bundle, device: Device, precision: str | None, threads: int | None) -> str:
+def _key(bundle: Opened, device: Device, precision: str | None, threads: int | None) -> str:
     """Of everything that could change the answer."""
     facts: dict[str, Any] = {
         "bundle": hashlib.sha256(bundle.spec.model_dump_json().encode()).hexdigest(),

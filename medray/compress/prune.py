@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medray.errors import CompressionError, ModelError
 from medray.models.layers import InstanceNorm
 from medray.models.narrow import widths_of
+from medray.models.variance import LogVariance
 
 ROUND_TO = 8
 """Channels left are a multiple of it: kernels work on blocks of 8 or 16."""
@@ -61,11 +62,12 @@ def prune(model: nn.Module, ratio: float, example: Tensor, *, outputs: int, wide
         parameter.requires_grad_(True)
     with torch.no_grad():
         shape = small(example).shape
+    ends = {outputs, 2 * outputs} if isinstance(small, LogVariance) else {outputs}
     heads = [
         layer
         for layer in small.modules()
-        if (isinstance(layer, nn.modules.conv._ConvNd) and layer.out_channels == outputs)
-        or (isinstance(layer, nn.Linear) and layer.out_features == outputs)
+        if (isinstance(layer, nn.modules.conv._ConvNd) and layer.out_channels in ends)
+        or (isinstance(layer, nn.Linear) and layer.out_features in ends)
     ]
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the counter prints

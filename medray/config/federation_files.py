@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -67,7 +67,9 @@ class SitePrivacy(Section):
     epsilon_per_year: Positive = Field(8.0, description="the most that all runs of a year may spend together")
     epsilon_ever: Positive = Field(20.0, description="the most that will ever be spent here")
     least_noise: float = Field(0.3, ge=0.0, allow_inf_nan=False, description="smallest noise multiplier")
-    unit: tuple[str, ...] = Field(("record", "patient"), description="what may be protected: record, patient")
+    unit: tuple[Literal["record", "patient"], ...] = Field(
+        ("record", "patient"), description="what may be protected: record, patient"
+    )
     share_fingerprint: bool = Field(
         False, description="let exact counts, shapes and intensities of the data leave, for a plan made from all sites"
     )

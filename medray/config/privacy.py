@@ -18,7 +18,12 @@ class PrivacyConfig(Section):
         None, description="what the whole run may spend, released figures included; null: no differential privacy"
     )
     delta: float = Field(1e-5, gt=0, lt=0.1, description="must be below one over the number of patients or records")
-    clip_norm: Positive = Field(1.0, description="largest norm of what one patient or record adds to a step's gradient")
+    clip_norm: float = Field(
+        1.0,
+        ge=1e-6,  # beyond these, single precision itself would break the bound
+        le=1e6,
+        description="largest norm of what one patient or record adds to a step's gradient",
+    )
     noise_multiplier: Positive | None = Field(
         None, description="noise's standard deviation over clip_norm; null: the least that holds epsilon over all steps"
     )

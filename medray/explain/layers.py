@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.errors import ModelError
+from medray.models.variance import LogVariance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ def target_of(model: nn.Module, example: Tensor) -> Target:
         ModelError: nothing in it gives maps.
     """
     ndim = example.ndim - 2
+    while isinstance(model, LogVariance):
+        model = model.model
     if _is_vit(model):
         return _tokens(model, example)
     if _is_swin(model):

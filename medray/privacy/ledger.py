@@ -307,7 +307,7 @@ class Ledger:
                 raise PrivacyError(
                     f"{self.path}: run '{run}' would bring epsilon to {after:.4g} at delta={limits.delta:g}, and this "
                     f"site allows {limit:g} {what}, of which {spent:.4g} is spent. Lower privacy.epsilon or "
-                    "train.epochs, or ask the site to raise its limit (medray site limits)"
+                    "train.epochs, or ask the site to raise its limit (medray site limits; in a federation site.yaml)"
                 )
 
     def _limits(self, state: _State) -> Limits:

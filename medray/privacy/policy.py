@@ -23,7 +23,7 @@ class Request:
     Attributes:
         recipe: content hash, see :func:`recipe_digest`.
         model, strategy: names.
-        rounds, local_epochs: of the whole run; of one round.
+        rounds, local_epochs: of the whole run; passes over the data of one round.
         epsilon, delta: that the whole run may spend here; None without differential privacy.
         noise: smallest noise multiplier of a step; None without differential privacy.
         unit: what is protected, ``record`` or ``patient``.
@@ -53,7 +53,7 @@ def decide(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: floa
         rules: the site's.
         request: of the run.
         now: local time.
-        spent: epsilon that runs of the last 365 days have spent or reserved here, this run's own left out.
+        spent: epsilon that runs have spent or reserved here since the ledger's year was opened, but for this one's.
         patients: that would train.
 
     Raises:
@@ -68,12 +68,23 @@ def decide(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: floa
         raise PolicyError(f"site {rules.name!r} refuses: {'; '.join(reasons)}. Its owner decides, in site.yaml")
 
 
+def decide_moment(rules: SiteConfig, *, now: dt.datetime, patients: int) -> None:
+    """Refuse what would come from too few patients, or outside of the site's hours.
+
+    Raises:
+        PolicyError: with the reasons.
+    """
+    reasons = list(_of_this_moment(rules, now, patients))
+    if reasons:
+        raise PolicyError(f"site {rules.name!r} refuses: {'; '.join(reasons)}. Its owner decides, in site.yaml")
+
+
 def _of_the_run(rules: SiteConfig, request: Request) -> Iterator[str]:
     allow = rules.allow
     if allow.recipes and request.recipe not in allow.recipes:
         yield f"recipe {request.recipe} is none of allow.recipes"
     if allow.models and request.model not in allow.models:
-        yield f"model {request.model!r} is none of allow.models ({', '.join(allow.models)})"
+        yield f"model {request.model[:100]!r} is none of allow.models ({', '.join(allow.models)})"
     if allow.strategies and request.strategy not in allow.strategies:
         yield f"strategy {request.strategy!r} is none of allow.strategies ({', '.join(allow.strategies)})"
     if request.rounds > allow.rounds:
@@ -92,7 +103,7 @@ def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[s
         yield f"epsilon {request.epsilon:g} is more than privacy.epsilon_per_run={limits.epsilon_per_run:g}"
     if spent + request.epsilon > limits.epsilon_per_year:
         yield (
-            f"epsilon {request.epsilon:g} on top of {spent:.3g} spent in the last 365 days is more than "
+            f"epsilon {request.epsilon:g} on top of {spent:.3g} spent this year is more than "
             f"privacy.epsilon_per_year={limits.epsilon_per_year:g}"
         )
     if request.delta is None or request.delta > limits.delta:

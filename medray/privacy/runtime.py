@@ -71,8 +71,10 @@ class PrivateRuntime(LocalRuntime):
         self.mode: str = config.mode
         self._groups = groups if plan.unit == "patient" else None
         self._mu, self._anchor = proximal_mu, w_global
-        key = None if config.secure else hashlib.sha256(f"medray test {seed}".encode()).digest()
-        self.random = SecureRandom(key)
+        self.random, self._masks = (
+            SecureRandom(None if config.secure else hashlib.sha256(f"medray {what} {seed}".encode()).digest())
+            for what in ("test", "masks")
+        )
 
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
@@ -98,6 +100,9 @@ class PrivateRuntime(LocalRuntime):
             raise PrivacyError(
                 f"the loader has {units} {self.plan.unit}s, and noise was planned for {self.plan.units}; plan it anew"
             )
+        # Dropout draws sample by sample: from a seed that others know, one patient more would shift the masks of all
+        # that come after, and the sum of gradients by more than clip_norm.
+        torch.manual_seed(self._masks.seed())
         return model, optimizer, loader
 
     def criterion(self, loss: nn.Module) -> nn.Module:

@@ -47,6 +47,10 @@ def largest_micro_batch(model: nn.Module, images: Tensor, count: int, *, precisi
     if count == 1:
         return 1
     device = runtime.device
+    with preserved_rng(), _own_statistics(model):
+        # Together: a process that found this out by itself would leave the others waiting.
+        if device.type == "cuda" and runtime.agree(_overflows(model, images, 2, precision, device)):
+            return 1
     with preserved_rng():
         kept = _kept(model, images, precision)
     with preserved_rng(), _own_statistics(model):

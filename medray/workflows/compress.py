@@ -214,6 +214,11 @@ def _recipe(source: Bundle, overrides: Sequence[str], work: Path, *, student: st
         del tree["optim"]
     else:
         tree["model"] = source.spec.members[0].model_dump(mode="json")
+    tree["train"]["freeze_epochs"] = 0  # what is held at cut or new weights learns nothing
+    if student is not None:
+        # The teacher says nothing of a variance.
+        plain = {"heteroscedastic": "cross_entropy", "dice_heteroscedastic": "dice_ce"}
+        tree["loss"]["name"] = plain.get(tree["loss"]["name"], tree["loss"]["name"])
     given = compose(None, overrides).explicit
     for section in ("split", "task", "preprocess"):
         if section in given:
@@ -268,11 +273,13 @@ def _try(
     try:
         bundle, experiment, facts = make(directory)
         engine, before = _engine(bundle, options), _engine(state.bundle, options)
-    except (CompressionError, MedrayError) as error:
+        scores = score_bundle(bundle, engine, recipe, validation)
+        with torch_threads(options.threads):
+            times = race({("torch", "before"): before, ("torch", "after"): engine}, bundle.golden()[0])
+    except MedrayError as error:
         return Step(name=name, kept=False, reason=str(error))
-    scores = score_bundle(bundle, engine, recipe, validation)
-    with torch_threads(options.threads):
-        times = race({("torch", "before"): before, ("torch", "after"): engine}, bundle.golden()[0])
+    except RuntimeError as error:  # of a library that met a network it doesn't know: the steps before it stand
+        return Step(name=name, kept=False, reason=f"{type(error).__name__}: {error}")
     verdict = judge(
         (state.bundle, before, state.scores, float(np.median(times["torch", "before"]))),
         (bundle, engine, scores, float(np.median(times["torch", "after"]))),

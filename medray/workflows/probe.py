@@ -8,6 +8,7 @@ import time
 import torch
 
 from medray.data.loader import train_loader
+from medray.errors import NonFiniteLossError, OutOfMemoryError
 from medray.learn.losses import build_loss
 from medray.learn.optimizers import build_optimizer
 from medray.train.precision import lay_out, resolve_device, resolve_precision
@@ -17,8 +18,10 @@ from medray.workflows.recipe import Recipe
 from medray.workflows.training import new_model, open_store, outputs
 
 
-def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float:
+def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float | None:
     """Seconds of one optimiser step of the default here, its batch included: the fastest of some, after a warm-up.
+
+    None where a step fails.
 
     Args:
         recipe: of the study.
@@ -38,11 +41,14 @@ def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float:
         build_loss(experiment.loss, kind=kind, num_classes=classes),
         runtime=runtime,
         precision=precision,
-        micro_batch=None if experiment.train.micro_batch == "auto" else experiment.train.micro_batch,
+        # One at a time where nobody knows yet how many fit: slower, so a cautious answer.
+        micro_batch=1 if experiment.train.micro_batch == "auto" else experiment.train.micro_batch,
         clip_norm=experiment.optim.clip_norm,
         channels_last=channels_last,
     )
     endless = (batch for _ in iter(int, 1) for batch in loader)
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = 0.0  # what is timed shall not diverge
     before, fastest = torch.get_num_threads(), math.inf
     torch.set_num_threads(threads)
     try:
@@ -50,6 +56,11 @@ def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float:
             began = time.monotonic()
             stepper(next(endless), place=lambda: "the timing of a step")
             fastest = min(fastest, time.monotonic() - began) if number else fastest
+    except (NonFiniteLossError, OutOfMemoryError):
+        return None  # the first trial will say so, with all that a trial says
     finally:
         torch.set_num_threads(before)
+        del stepper, model
+        if runtime.device.type == "cuda":  # the trials need it
+            torch.cuda.empty_cache()
     return fastest

@@ -76,6 +76,7 @@ class RunStore:
 
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self._filesystem, self._root, self.url = filesystem, root.rstrip("/"), url
+        self._measured: dict[str, tuple[tuple[int, int, int], int, str]] = {}
 
     @classmethod
     def at(cls, url: str) -> RunStore:
@@ -132,7 +133,8 @@ class RunStore:
                 f"{self.url} was last written from another folder than {directory}, and may be further than it. Move "
                 f"this folder away and go on from the store by --resume {self.url}"
             )
-        entries = self.publish(directory, known=index[1] if index else {}, writer=None)
+        entries = self.publish(directory, known=index[1] if index else {}, writer=index[0] if index else None)
+        self._check_owner(self._name_of(directory))  # two that fetched the same state: the second to write has it
         self._sweep({entry.sha256 for entry in entries.values()})
         return entries
 
@@ -156,7 +158,7 @@ class RunStore:
         with tempfile.TemporaryDirectory(prefix="medray-store-") as scratch:
             for name, path in _files(directory, Path(scratch)):
                 with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                    size, digest = _measure(file)
+                    size, digest = self._measure(name, file)
                     if digest in have or self._upload(file, size, digest):
                         have.add(digest)
                         entries[name] = Entry(size=size, sha256=digest)
@@ -171,6 +173,16 @@ class RunStore:
             with contextlib.suppress(OSError):
                 self._filesystem.delete_file(f"{self._root}/{_OBJECTS}/{digest}")
         return entries
+
+    def _measure(self, name: str, file: IO[bytes]) -> tuple[int, str]:
+        """Size and SHA-256 of a file; one that was measured and has not changed since isn't read again."""
+        stat = os.fstat(file.fileno())
+        mark = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        known = self._measured.get(name)
+        if known is None or known[0] != mark:
+            known = (mark, *_measure(file))
+            self._measured[name] = known
+        return known[1], known[2]
 
     # The store itself ------------------------------------------------------------------------------------------------
 
@@ -360,9 +372,10 @@ def _parse(url: str) -> tuple[str, str]:
         )
     bad = parts.query or parts.fragment or not _BUCKET.fullmatch(bucket) or not _KEY.fullmatch(key)
     if bad or {"..", "."} & set(key.split("/")):
+        # Not the address itself: it may hold a password, and messages are logged.
         raise ConfigError(
-            f"{url!r}: must be s3://BUCKET/PREFIX, without credentials; those come from AWS_ACCESS_KEY_ID and "
-            f"AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
+            f"an address at {parts.hostname}: must be s3://BUCKET/PREFIX, without credentials; those come from "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
         )
     return bucket, key
 

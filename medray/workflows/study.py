@@ -23,21 +23,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from medray.config.compose import compose
-from medray.config.schema import Experiment, StudyConfig
 from medray.data.manifest import TaskKind
 from medray.engines.ray.remote import call_all
 from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
-from medray.errors import ConfigError, StorageError, StudyError
+from medray.errors import ConfigError, StorageError
 from medray.plan.machine import Machine
 from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
+from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
 from medray.workflows.conclusion import Concluded, Conclusion, conclude, robustness_seconds
@@ -49,7 +46,7 @@ from medray.workflows.planning import describe, prepare_directory
 from medray.workflows.probe import time_step
 from medray.workflows.recipe import FIXED, Recipe
 from medray.workflows.sitting import sitting
-from medray.workflows.storage import RunStore, bring, is_address, place_of
+from medray.workflows.storage import bring, is_address, place_of
 from medray.workflows.training import Trained, load_trained, open_store
 from medray.workflows.trial import COSTS, FinalTask, TrialPayload, run_final, run_trial
 
@@ -71,17 +68,6 @@ class StudyResult:
     bundle: Path
     champion: str
     headline: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What was asked for, resolved; the same in every sitting of a study."""
-
-    source: str
-    explicit: dict[str, Any]
-    study: StudyConfig
-    space: dict[str, Any]
-    command: str
 
 
 def tune(
@@ -118,111 +104,11 @@ def tune(
         resume = bring(resume, runs)
     # Workers have other working directories than we.
     if resume is not None:
-        directory, asked = _resumed(Path(resume).resolve(), overrides)
+        directory, asked = resumed(Path(resume).resolve(), overrides)
     else:
-        directory, asked = _new(path, overrides, runs.resolve(), storage)
+        directory, asked = new(path, overrides, runs.resolve(), storage)
     clock = Clock(directory / "clock.json", asked.study.budget, started=begun)
     return _Study(directory, asked, clock, observer, place_of(directory, storage)).run(address)
-
-
-def _new(path: Path | None, overrides: Sequence[str], runs: Path, storage: str | None = None) -> tuple[Path, Asked]:
-    composed = compose(path, overrides)
-    Space.parse(composed.space)
-    if (composed.explicit.get("privacy") or {}).get("epsilon") is not None or any(
-        key.partition(".")[0] == "privacy" for key in composed.space
-    ):
-        raise ConfigError(
-            "a study under privacy.epsilon would look at the private cases in every trial, and each look would have to "
-            "be paid for. Search on public data without it, then: medray train EXPERIMENT privacy.epsilon=..."
-        )
-    source = str(composed.explicit.get("data") or Experiment().data)
-    command = " ".join(["medray tune", *([str(path)] if path else []), *overrides])
-    asked = Asked(
-        source=source, explicit=composed.explicit, study=composed.study, space=composed.space, command=command
-    )
-    directory = runs / asked.study.name
-    number = 2
-    while _is_taken(directory, storage):  # what lies there is somebody's work
-        directory = runs / f"{asked.study.name}-{number}"
-        number += 1
-    directory.mkdir(parents=True, exist_ok=True)
-    _save_asked(directory, asked)
-    return directory, asked
-
-
-def _is_taken(directory: Path, storage: str | None) -> bool:
-    if directory.exists() and any(directory.iterdir()):
-        return True
-    place = place_of(directory, storage)
-    return place is not None and RunStore.at(place).holds_run()
-
-
-def _save_asked(directory: Path, asked: Asked) -> None:
-    text = yaml.safe_dump(
-        {
-            "command": asked.command,
-            "source": asked.source,
-            "explicit": asked.explicit,
-            "study": asked.study.model_dump(mode="json"),
-            "space": asked.space,
-        },
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    partial = directory / "study.yaml.part"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(directory / "study.yaml")
-
-
-def _resumed(directory: Path, overrides: Sequence[str]) -> tuple[Path, Asked]:
-    try:
-        stored = yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8"))
-        study = dict(stored["study"])
-        asked = Asked(
-            source=str(stored["source"]),
-            explicit=dict(stored["explicit"]),
-            study=StudyConfig.model_validate(study),
-            space=dict(stored["space"]),
-            command=str(stored["command"]),
-        )
-    except OSError as error:
-        raise StudyError(
-            f"{directory}: no study to resume ({error.strerror}). Give the folder that holds study.yaml"
-        ) from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise StudyError(f"{directory / 'study.yaml'} is damaged: {error}. Begin a new study") from None
-    if not overrides:
-        return directory, asked
-    composed = compose(None, overrides)
-    changed = {name: getattr(composed.study, name) for name in composed.study.model_fields_set}
-    if composed.explicit or composed.space or set(changed) - {"trials", "budget"}:
-        raise ConfigError(
-            "a resumed study may change study.trials and study.budget, nothing else: trials would not be comparable. "
-            "Begin a new study for other settings"
-        )
-    asked = Asked(
-        source=asked.source,
-        explicit=asked.explicit,
-        study=asked.study.model_copy(update=changed),
-        space=asked.space,
-        command=asked.command,
-    )
-    _save_asked(directory, asked)
-    _set_aside(directory)
-    return directory, asked
-
-
-def _set_aside(directory: Path) -> None:
-    """Keep what an ended study came to under a number, so that it can go on with more time or trials."""
-    if not (directory / "result.json").exists():
-        return
-    number = 1
-    while (directory / f"result-{number}.json").exists():
-        number += 1
-    for stem, suffix in (("final", ""), ("report", ".html"), ("bundle", ""), ("result", ".json")):
-        path = directory / f"{stem}{suffix}"
-        if path.exists():
-            path.rename(directory / f"{stem}-{number}{suffix}")
 
 
 def _look_around(_: None) -> Machine:
@@ -376,6 +262,9 @@ class _Study:
         with self.clock.stage("search"), self._driver() as driver:
             self._searching = driver
             # A search that has begun goes on: whether it is worth its time was settled then.
+            # One that was not worth it isn't begun after half a final fit, on a machine that is quieter by then.
+            if not driver.records() and (self.directory / "final").exists():
+                return [], {}, "none: its time went to the final fit"
             telling = 0.0 if driver.records() else self._telling_seconds(cpus)
             plan = self._budget(concurrency, telling)
             if driver.has_next and plan.search > plan.trial / 2 > 0:
@@ -397,7 +286,7 @@ class _Study:
                     payload=TrialPayload(recipe=self.recipe, objective=self.objective, costs=costs),
                     on_event=self._on_trial,
                 )
-            elif telling and not driver.records():
+            elif telling and plan.trials == 0 and not driver.records():
                 self._tell("note", f"no search: of trials that tell anything ({telling:.0f} s here) too few would fit")
                 return [], {}, f"none: a trial that tells anything takes {telling:.0f} s here, too long for the budget"
             return driver.records(), dict(driver.importance().shares), driver.sampler_name
@@ -424,7 +313,8 @@ class _Study:
         assert self._case_seconds is not None
         splits = self.recipe.splits(self.recipe.experiment())
         validations = 2 * min(GLANCE, len(splits.val)) * self._case_seconds
-        return TELLING_STEPS * time_step(self.recipe, threads=cpus) + validations
+        step = time_step(self.recipe, threads=cpus)
+        return 0.0 if step is None else TELLING_STEPS * step + validations
 
     def _driver(self) -> StudyDriver:
         tree = self.recipe.experiment().model_dump(mode="json")

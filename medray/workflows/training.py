@@ -24,7 +24,7 @@ from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model
 from medray.privacy.statement import Statement
 from medray.tracking import NullTracker, TensorBoardTracker, Tracker, Trackers
-from medray.train.fit import fit
+from medray.train.fit import CHECKPOINT, fit
 from medray.train.precision import resolve_device
 from medray.train.progress import FitResult, Progress
 from medray.train.runtime import LocalRuntime, Runtime
@@ -37,7 +37,7 @@ from medray.workflows.private import OBJECTIVE as PRIVATE_OBJECTIVE
 from medray.workflows.private import begin, private_validate
 from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
-from medray.workflows.storage import RunStore, place_of
+from medray.workflows.storage import RunStore, place_of, read_mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +285,11 @@ def _as_begun(directory: Path, experiment: Experiment) -> Experiment:
     begun = begun.model_copy(update={"train": begun.train.model_copy(update=parts)})
     same = begun.model_copy(update={"train": begun.train.model_copy(update={"budget": asked.budget})})
     if same != experiment:
+        if any((directory / name).exists() for name in (CHECKPOINT, "result.json")):
+            raise TrainingError(
+                f"{directory} holds a run of another experiment: go on with the settings that it began with (its "
+                "experiment.yaml), choose another folder with --out, or delete it"
+            )
         return experiment
     if asked.micro_batch == "auto" and found is not None:
         begun = begun.model_copy(update={"train": begun.train.model_copy(update={"micro_batch": found})})
@@ -378,7 +383,8 @@ def train_experiment(
         raise ConfigError(f"{out} holds a run already. Go on with it by --resume, or choose another folder with --out")
     composed = compose(path, overrides)
     place = place_of(out, storage)
-    if place is not None and not is_here and RunStore.at(place).holds_run():
+    begun_here = is_here or bool(read_mark(out).get("writer"))  # a kill during the data check leaves no experiment
+    if place is not None and not begun_here and RunStore.at(place).holds_run():
         if not resume:
             raise ConfigError(f"{place} holds a run already. Go on with it by --resume, or choose another --out")
         RunStore.at(place).fetch(out)

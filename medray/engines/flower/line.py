@@ -135,7 +135,7 @@ def attend(
                     reply = respond(message, context)
                     _send(reply, seconds=time.monotonic() - begun, send=send, push=push)
                 except Exception as error:  # the server is busy, restarting, or has ended the run meanwhile
-                    told(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}; connecting anew")
+                    told(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; connecting anew")
                     break
         if not stop():
             time.sleep(poll)

@@ -28,6 +28,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 FLEET = "/v1/fleet/"
 LOCK_SECONDS = 120
+MOST_BYTES = 128 << 20
+"""Of one request; Flower sends arrays in pieces of 5 MB."""
 NODES = "nodes.json"
 """In the state's folder: Flower's number of each site."""
 REFUSED = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
@@ -88,7 +90,7 @@ def gate(app: App) -> App:
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
         if scope["type"] == "http" and path.startswith(FLEET) and path not in REFUSED:
-            await app(scope, receive, send)
+            await app(scope, _bounded(receive), send)
         elif scope["type"] == "http":
             await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
@@ -96,6 +98,19 @@ def gate(app: App) -> App:
             await send({"type": "websocket.close", "code": 1008})
 
     return guarded
+
+
+def _bounded(receive: Receive) -> Receive:
+    """A request's body up to a size: Flower reads all of it before it asks who sends it."""
+    seen = 0
+
+    async def counted() -> MutableMapping[str, Any]:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if seen > MOST_BYTES else message
+
+    return counted
 
 
 def admit(state: Any, nodes: Mapping[str, bytes]) -> dict[str, int]:

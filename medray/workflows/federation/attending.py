@@ -6,11 +6,15 @@ code that is installed here, and what leaves is written down before it does.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import fcntl
 import hashlib
 import json
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,10 @@ from medray.data.checks import check, require_sound
 from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, MedrayError, PolicyError, PrivacyError
+from medray.errors import FederationError, NonFiniteLossError, OutOfMemoryError, PolicyError, PrivacyError
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
-from medray.privacy.policy import Request, decide, recipe_digest
+from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
 from medray.privacy.rules import check_private
 from medray.workflows.federation.charging import Charges, open_ledger
 from medray.workflows.federation.site import SiteFolder, SiteWorker
@@ -59,12 +63,33 @@ def attend_federation(
     Raises:
         ConfigError: ``site.yaml`` is refused.
         DataError: the data can't be trained on.
-        FederationError: the server refuses this site's key, or can't be trusted.
+        FederationError: the server refuses this site's key, or can't be trusted; another process is this site.
     """
+    rules = read_site(path)
+    os.umask(0o077)  # prepared images, ledger and checkpoints are nobody else's
+    with _alone(rules.work):
+        _attend(rules, check_only, told, stop, poll)
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """One process a site: two would count the same steps of a run."""
+    work.mkdir(parents=True, exist_ok=True)
+    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FederationError(f"{work}: another process of this site is at work. Stop that one first") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _attend(rules: SiteConfig, check_only: bool, told: Told, stop: Callable[[], bool], poll: float | None) -> None:
     from medray.engines.flower.line import POLL_SECONDS, Line, attend, check_server
     from medray.engines.flower.site import client_app
 
-    rules = read_site(path)
     folder = SiteFolder(name=rules.name, directory=str(rules.work / "site"), cache=str(rules.work / "cache"))
     manifest = _prepare(rules, Path(folder.directory), told)
     host, _, port = rules.server.rpartition(":")
@@ -86,7 +111,7 @@ class Guard:
 
     def __init__(self, rules: SiteConfig, manifest: Manifest, folder: SiteFolder) -> None:
         self.rules, self.audit, self.task = rules, Audit(rules.audit), manifest.task
-        self.patients = len({case.group for case in manifest.cases})
+        self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
         self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
         self.worker = SiteWorker(folder, charge=self._charge)
@@ -104,16 +129,19 @@ class Guard:
         try:
             self._decide(kind, what, parcel, about)
         except (PolicyError, PrivacyError) as error:
-            self.audit.write("refused", **about, reason=str(error))
+            self.audit.write("refused", **about, reason=str(error)[:2000])
             raise
         self.audit.write("asked", **about)
         try:
             answer = self._protected(kind, self.worker(kind, parcel))
-        except MedrayError as error:
+        except (PolicyError, PrivacyError) as error:
+            self.audit.write("refused", **about, reason=str(error)[:2000])
+            raise
+        except (FederationError, NonFiniteLossError, OutOfMemoryError) as error:  # these say nothing of cases
             self.audit.write("failed", **about, reason=str(error)[:2000])
             raise
         except Exception as error:
-            # What an unforeseen error says may name a file or a patient: it stays here.
+            # What any other error says may name a file or a patient: it stays here.
             self.audit.write("failed", **about, reason=f"{type(error).__name__}: {error}"[:2000])
             raise FederationError(
                 f"site {self.rules.name}: {type(error).__name__} while it worked; its own audit log says more"
@@ -125,6 +153,7 @@ class Guard:
         if kind == "query" and what == "hello":
             return
         if kind == "query" and what == "fingerprint":
+            decide_moment(self.rules, now=dt.datetime.now(), patients=self.patients)
             if self.rules.privacy.required and not self.rules.privacy.share_fingerprint:
                 raise PolicyError(
                     f"site {self.rules.name!r} refuses: a fingerprint holds exact counts and intensities of its data, "
@@ -138,12 +167,17 @@ class Guard:
                 f"site {self.rules.name!r} refuses: no valid experiment came with the request "
                 f"({error.error_count()} faults). Do both sides run the same version?"
             ) from None
-        request = _request(experiment)
-        about |= {"recipe": request.recipe, "model": request.model, "strategy": request.strategy}
+        request = _request(experiment, self.cases)
+        about |= {"recipe": request.recipe, "model": request.model[:100], "strategy": request.strategy}
         # Of what this very run reserved, the ledger itself knows; a run that goes on isn't refused for its own past.
         spent = 0.0 if self._charges.running(request.recipe) else self.ledger.spent(this_year=True).epsilon
         decide(self.rules, request, now=dt.datetime.now(), spent=spent, patients=self.patients)
         check_private(experiment, kind=self.task)
+        if experiment.model.pretrained is not None:
+            raise PolicyError(
+                f"site {self.rules.name!r} refuses: model.pretrained names a file here, or makes this machine call "
+                "out. Begin from random weights"
+            )
         if experiment.privacy.on and not experiment.privacy.secure:
             raise PolicyError(
                 f"site {self.rules.name!r} refuses: privacy.secure=false draws noise that can be foretold. Leave it out"
@@ -244,14 +278,17 @@ def _limit(rules: SiteConfig) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _request(experiment: Experiment) -> Request:
-    federation = experiment.federation
+def _request(experiment: Experiment, cases: int) -> Request:
+    federation, train = experiment.federation, experiment.train
+    passes = federation.local_epochs
+    if federation.local_steps is not None:
+        passes = math.ceil(federation.local_steps * train.batch_size / cases)
     return Request(
         recipe=recipe_digest(experiment),
         model=experiment.model.name,
         strategy=federation.strategy,
         rounds=federation.rounds,
-        local_epochs=federation.local_epochs,
+        local_epochs=passes * train.samples_per_case,
         epsilon=experiment.privacy.epsilon,
         delta=experiment.privacy.delta if experiment.privacy.on else None,
         noise=experiment.privacy.noise_multiplier,

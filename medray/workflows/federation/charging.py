@@ -72,11 +72,14 @@ class Charges:
             PrivacyError: over budget; then nothing may be trained.
         """
         now = self._read()
-        if now is None or now.run != run:
+        held = None if now is None or now.run != run else self.ledger.find(now.reservation)
+        # A reservation that was settled, or made for other noise or other cases, covers nothing of this.
+        if now is None or held is None or held.history != tuple(plan.history):
             if now is not None:
                 self._close(now)
-            reservation = self.ledger.reserve(run=run[:16], history=plan.history, data="federation")
-            now = _Open(run=run, reservation=reservation.id, begun=0)
+            held = self.ledger.reserve(run=run[:16], history=plan.history, data="federation")
+            now = _Open(run=run, reservation=held.id, begun=0)
+            self._write(now)
         if now.begun + steps > plan.steps:
             again = [(plan.noise_multiplier, plan.sample_rate, steps)]
             self.ledger.reserve(run=f"{run[:16]} again", history=again, data="federation")
@@ -91,7 +94,7 @@ class Charges:
     def _close(self, run: _Open) -> None:
         reservation = self.ledger.find(run.reservation)
         if reservation is not None:
-            self.ledger.settle(reservation, steps_done=run.begun)
+            self.ledger.settle(reservation, steps_done=min(run.begun, reservation.history[0][2]))
 
     def _read(self) -> _Open | None:
         """The run being charged; where what is written can't be read, none: its reservation then counts in full."""
@@ -110,3 +113,8 @@ class Charges:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a loss of power brings back the steps that were counted before
+        finally:
+            os.close(folder)

@@ -74,6 +74,7 @@ def serve_federation(
 
     server = directory / "server"
     about = _about(directory)
+    os.umask(0o077)  # the database has every site's updates
     nodes: dict[str, bytes] = {}
     authority, now = (server / "ca.crt").read_bytes(), dt.datetime.now(dt.UTC)
     for path in sorted((server / "sites").glob("*.crt")):
@@ -196,7 +197,10 @@ def _flwr(directory: Path, *words: str) -> dict[str, Any]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
     command = [str(Path(sys.executable).parent / "flwr"), *words, "--format=json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise FederationError(f"flwr {words[0]}: no answer in two minutes. Is the machine overloaded?") from None
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:

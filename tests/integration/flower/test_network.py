@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import http.client
 import json
@@ -228,3 +229,20 @@ class listening:
                 self.context.wrap_socket(connection, server_side=True)
         except OSError:
             pass  # the client turned away, which is what is tested
+
+
+def test_a_body_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower reads a whole body before it asks who sends it."""
+    from medray.engines.flower import superlink
+
+    monkeypatch.setattr(superlink, "MOST_BYTES", 10)
+    parts = [{"type": "http.request", "body": b"12345", "more_body": True}] * 5
+
+    async def receive() -> dict[str, object]:
+        return parts.pop()
+
+    async def drain() -> list[str]:
+        bounded = superlink._bounded(receive)  # type: ignore[arg-type]
+        return [str((await bounded())["type"]) for _ in range(3)]
+
+    assert asyncio.run(drain()) == ["http.request", "http.request", "http.disconnect"]

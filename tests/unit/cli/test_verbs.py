@@ -76,7 +76,7 @@ def test_tune_hands_over_and_says_where_things_lie(
 def test_tune_resumes_with_overrides(monkeypatch: pytest.MonkeyPatch, calls: Calls, tmp_path: Path) -> None:
     calls.fake("medray.workflows.study", "tune", study_result())
     assert run(monkeypatch, "tune", "--resume", str(tmp_path), "study.budget=1h") == 0
-    assert calls.seen[0][0] == (None, ["study.budget=1h"]) and calls.seen[0][1]["resume"] == tmp_path
+    assert calls.seen[0][0] == (None, ["study.budget=1h"]) and calls.seen[0][1]["resume"] == str(tmp_path)
 
 
 def test_train_takes_overrides_alone(

@@ -14,6 +14,7 @@ ASKED = {
     "feature_size": 48,
     "depth": 4,
     "dropout": 0.1,
+    "dropout_kind": "spatial",
     "drop_path": 0.1,
     "deep_supervision": True,
     "pretrained": "weights.safetensors",

@@ -22,6 +22,10 @@ HALVED = {
 """Of these at least half of the bytes go, even at this size."""
 
 
+WHOLE = {"linear"}
+"""A single layer: there is nothing between its input and its output to compute again."""
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Sums of several threads may differ in their last bit from run to run."""
@@ -64,8 +68,10 @@ def test_what_is_learnt_stays_the_same(name: str, ndim: int) -> None:
     state = copy.deepcopy(model.state_dict())
     plain, before = learn(model, x, state), checkpointing.saved_bytes(model, x)
     names = checkpointing.apply(model, "auto", x)
-    assert names
+    assert bool(names) is (name not in WHOLE)
     assert not differing(plain, learn(model, x, state))
+    if name in WHOLE:
+        return
     assert checkpointing.saved_bytes(model, x) <= (0.5 if (name, ndim) in HALVED else 0.8) * before
     assert list(model.state_dict()) == list(state)
 

@@ -15,8 +15,9 @@ from medray.engines.ray.session import RaySession
 from medray.errors import ConfigError, StudyError
 from medray.report.data import Gain, Interval
 from medray.search.trial import TrialRecord
+from medray.workflows.asked import Asked, new, resumed, save
 from medray.workflows.conclusion import Concluded, _headline, _leaderboard, _losses, _trial_row
-from medray.workflows.study import Asked, _new, _resumed, _save_asked, _Study
+from medray.workflows.study import _Study
 
 SPACE = """
 data: phantom://ct-lesions?cases=6&size=16
@@ -39,26 +40,26 @@ def space(tmp_path):
 
 def test_a_new_study_never_touches_another_ones_folder(space, tmp_path):
     runs = tmp_path / "runs"
-    folders = [_new(space, [], runs)[0] for _ in range(3)]
+    folders = [new(space, [], runs)[0] for _ in range(3)]
     assert [folder.name for folder in folders] == ["seg", "seg-2", "seg-3"]
     (runs / "empty").mkdir()
-    assert _new(space, ["study.name=empty"], runs)[0].name == "empty"
+    assert new(space, ["study.name=empty"], runs)[0].name == "empty"
 
 
 def test_what_was_asked_for_is_kept(space, tmp_path):
-    folder, asked = _new(space, ["optim.lr=0.25", "study.trials=7"], tmp_path / "runs")
+    folder, asked = new(space, ["optim.lr=0.25", "study.trials=7"], tmp_path / "runs")
     assert asked.source == "phantom://ct-lesions?cases=6&size=16"
     assert asked.explicit["optim"] == {"weight_decay": 0.5, "lr": 0.25}
     assert (asked.study.trials, asked.study.budget) == (7, 120.0)
     assert asked.command == f"medray tune {space} optim.lr=0.25 study.trials=7"
-    assert _resumed(folder, []) == (folder, asked)
+    assert resumed(folder, []) == (folder, asked)
 
 
 def test_a_space_that_cannot_be_makes_no_folder(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(SPACE.replace("[1.0e-4, 1.0e-2]", "[1.0, 0.1]"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optim\.lr"):
-        _new(path, [], tmp_path / "runs")
+        new(path, [], tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -66,12 +67,12 @@ def test_a_space_that_cannot_be_makes_no_folder(tmp_path):
 
 
 def test_a_resumed_study_may_get_more_trials_and_time_and_remembers_them(space, tmp_path):
-    folder, asked = _new(space, [], tmp_path / "runs")
-    _, changed = _resumed(folder, ["study.trials=9", "study.budget=1h"])
+    folder, asked = new(space, [], tmp_path / "runs")
+    _, changed = resumed(folder, ["study.trials=9", "study.budget=1h"])
     assert (changed.study.trials, changed.study.budget) == (9, 3600.0)
     assert changed.study.model_copy(update={"trials": 3, "budget": 120.0}) == asked.study
     assert (changed.explicit, changed.space, changed.command) == (asked.explicit, asked.space, asked.command)
-    assert _resumed(folder, [])[1] == changed
+    assert resumed(folder, [])[1] == changed
     assert [p.name for p in folder.iterdir()] == ["study.yaml"]
 
 
@@ -81,16 +82,16 @@ def test_a_resumed_study_may_get_more_trials_and_time_and_remembers_them(space, 
      "+space.optim.momentum={float: [0.1, 0.9]}", "augment=heavy", "study.name=other"],
 )  # fmt: skip
 def test_a_resumed_study_may_change_nothing_else(space, tmp_path, override):
-    folder, _ = _new(space, [], tmp_path / "runs")
+    folder, _ = new(space, [], tmp_path / "runs")
     before = (folder / "study.yaml").read_text(encoding="utf-8")
     with pytest.raises(ConfigError):
-        _resumed(folder, ["study.trials=9", override])
+        resumed(folder, ["study.trials=9", override])
     assert (folder / "study.yaml").read_text(encoding="utf-8") == before
 
 
 def test_where_there_is_no_study_the_message_says_so(tmp_path):
     with pytest.raises(StudyError, match=r"no study to resume.*study\.yaml"):
-        _resumed(tmp_path, [])
+        resumed(tmp_path, [])
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,13 @@ def test_where_there_is_no_study_the_message_says_so(tmp_path):
 def test_a_damaged_study_is_refused(tmp_path, text):
     (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(StudyError, match="damaged"):
-        _resumed(tmp_path, [])
+        resumed(tmp_path, [])
 
 
 def test_a_study_is_written_with_any_text(tmp_path):
     asked = Asked(source="données/肺: #1", explicit={"data": "x: y"}, study=StudyConfig(), space={}, command="m 'é'")
-    _save_asked(tmp_path, asked)
-    assert _resumed(tmp_path, [])[1] == asked
+    save(tmp_path, asked)
+    assert resumed(tmp_path, [])[1] == asked
 
 
 # The last files ------------------------------------------------------------------------------------------------------

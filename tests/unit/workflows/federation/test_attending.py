@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from medray.config.federation_files import SiteConfig
 from medray.config.schema import Experiment
 from medray.data.manifest import Case, Manifest
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.errors import DataError, FederationError, PolicyError, PrivacyError
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
-from medray.workflows.federation.attending import Guard, harmonised
+from medray.workflows.federation.attending import Guard, _alone, harmonised
 from medray.workflows.federation.charging import Charges, open_ledger
 from medray.workflows.federation.site import SiteFolder
 
@@ -175,3 +176,60 @@ def test_classes_are_brought_to_the_federations_words(tmp_path: Path) -> None:
     masks = manifest().model_copy(update={"task": "segmentation"})
     with pytest.raises(FederationError, match="another order"):
         harmonised(masks, rules(tmp_path, classes=["normal", "nodule"]))
+
+
+def test_a_settled_reservation_covers_no_further_steps(tmp_path: Path) -> None:
+    """Run b closes run a and dies before it is written down: a's next round is charged anew, not ridden for free."""
+    ledger = open_ledger(rules(tmp_path))
+    charges = Charges(ledger, tmp_path / "charged.json")
+    charges("a" * 64, PLAN, 10)
+    before = (tmp_path / "charged.json").read_text()
+    charges("b" * 64, PLAN, 10)
+    (tmp_path / "charged.json").write_text(before)
+    charges("a" * 64, PLAN, 10)
+    assert [entry.reservation.run[0] for entry in ledger.entries()] == ["a", "b", "a"]
+
+
+def test_another_plan_under_the_same_recipe_is_reserved_anew(tmp_path: Path) -> None:
+    ledger = open_ledger(rules(tmp_path))
+    charges = Charges(ledger, tmp_path / "charged.json")
+    charges("a" * 64, PLAN, 30)
+    charges("a" * 64, replace(PLAN, sample_rate=0.05, steps=60), 20)  # the site came back with twice the cases
+    assert [entry.counted for entry in ledger.entries()] == [((2.0, 0.1, 30),), ((2.0, 0.05, 60),)]
+
+
+def test_errors_that_may_name_a_case_stay_at_home(tmp_path: Path) -> None:
+    site = guard(tmp_path, privacy={"required": False})
+
+    def fails(kind: Kind, parcel: Parcel) -> Parcel:
+        raise DataError("/data/Mueller_1954/ct.nii.gz: would become 10^12 voxels")
+
+    site.worker = fails  # type: ignore[assignment]
+    with pytest.raises(FederationError) as told:
+        site("train", question())
+    assert "Mueller" not in str(told.value) and "DataError" in str(told.value)
+    assert "Mueller" in str(Audit(tmp_path / "audit.jsonl").read()[-1].about["reason"])
+
+
+def test_what_would_reach_beyond_the_rules_is_refused(tmp_path: Path) -> None:
+    site = guard(tmp_path, privacy={"required": False})
+    with pytest.raises(PolicyError, match="names a file here"):
+        site("train", question(model={"pretrained": "/srv/other/weights.safetensors"}))
+    with pytest.raises(PolicyError, match=r"allow\.local_epochs=10"):
+        site("train", question(federation={"local_steps": 10**6}))
+    with pytest.raises(PolicyError, match=r"allow\.local_epochs=10"):
+        site("train", question(train={"samples_per_case": 1000}))
+    site("train", question(federation={"local_steps": 5}))
+    picky = guard(tmp_path / "picky", privacy={"required": False}, allow={"models": ["unet"]})
+    with pytest.raises(PolicyError, match=r"none of allow\.models") as refused:
+        picky("train", question(model={"name": "x" * 10**6}))
+    assert len(str(refused.value)) < 3000
+    small = guard(tmp_path / "small", privacy={"required": False}, fewest=100)
+    with pytest.raises(PolicyError, match="fewest=100"):
+        small("query", Parcel(text={"ask": "fingerprint"}))
+    assert all(len(str(line.about)) < 5000 for line in Audit(tmp_path / "picky" / "audit.jsonl").read())
+
+
+def test_one_process_is_a_site(tmp_path: Path) -> None:
+    with _alone(tmp_path / "work"), pytest.raises(FederationError, match="another process"), _alone(tmp_path / "work"):
+        pass
