@@ -79,6 +79,7 @@ def serve(
         logs.recording(Path(config.state), run="serve"),
         _written(wanted),
         serving(config, path, address=address) as url,
+        _ended_by_signals(over),  # again: Ray, as it starts, puts a handler of its own in place that ends at once
     ):
         started(url, path)
         over.wait()
