@@ -40,7 +40,7 @@ class Client:
     Args:
         url: of the server, such as http://127.0.0.1:8000.
         key: an API key; None where the server needs none.
-        patience: seconds for which a busy or restarting server is asked again.
+        patience: seconds for which a busy or restarting server is asked again, from the first failure.
         timeout: seconds that one try may take.
 
     Raises:
@@ -97,12 +97,14 @@ class Client:
             raise ServingError(f"{place}: can't be read ({error.strerror or error})") from None
 
     def _ask(self, method: str, path: str, body: IO[bytes] | None, headers: dict[str, str]) -> bytes:
-        until = time.monotonic() + self._patience
+        until: float | None = None
         pause = 0.1
         while True:
             wait, error = self._try(method, path, body, headers)
             if isinstance(error, bytes):
                 return error
+            if until is None:  # from the first failure: a try that fails late has used up nothing
+                until = time.monotonic() + self._patience
             wait = max(pause * random.uniform(0.5, 1.5), wait or 0.0)
             if not error.again or time.monotonic() + wait > until:
                 raise ServingError(str(error))
@@ -187,7 +189,8 @@ def predict_by_server(
     client = make(url, key)
     listed = client.models()
     name = model or listed["default"]
-    served = next((one for one in listed["models"] if one["name"] == name), None)
+    # One version for all images, so that what is told of it holds for each: the one that most requests get.
+    served = max((one for one in listed["models"] if one["name"] == name), key=lambda one: one["share"], default=None)
     if served is None:
         names = ", ".join(dict.fromkeys(one["name"] for one in listed["models"]))
         raise ServingError(f"{url} has no model {name!r}; name one with --model: {names}")
@@ -218,7 +221,7 @@ def predict_by_server(
 def _answer(client: Client, item: Input, served: dict[str, Any], out_dir: Path) -> Answer:
     (reference,) = item.references
     if served["task"] != "segmentation":
-        found = client.predict(reference, model=served["name"])
+        found = client.predict(reference, model=served["name"], version=served["version"])
         return Answer(
             image=reference,
             output="predictions.csv",
@@ -227,7 +230,8 @@ def _answer(client: Client, item: Input, served: dict[str, Any], out_dir: Path) 
             seconds=found["seconds"],
         )
     form = _form(Path(reference))
-    path = client.save(reference, out_dir / f"{item.name}{_SUFFIX[form]}", form, model=served["name"])
+    target = out_dir / f"{item.name}{_SUFFIX[form]}"
+    path = client.save(reference, target, form, model=served["name"], version=served["version"])
     return Answer(image=reference, output=str(path.relative_to(out_dir)))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,33 @@ import yaml
 
 from medray import logs
 from medray.bundle.spec import MANIFEST_NAME
-from medray.config.serving import check_serving, load_serving
+from medray.config.serving import ServeConfig, check_serving, load_serving
 from medray.data.writers.atomic import appearing
 from medray.errors import ServingError
 
 FILE = "serve.yaml"
+LOCK = "lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to serve by.
+
+    Attributes:
+        config: checked.
+        path: of its file.
+        text: to be written there; None: the file is the user's own.
+    """
+
+    config: ServeConfig
+    path: Path
+    text: str | None
+
+    def write(self) -> None:
+        """Write what isn't the user's own."""
+        if self.text is not None:
+            with appearing(self.path) as partial:
+                partial.write_text(self.text, encoding="utf-8")
 
 
 def serve(
@@ -40,25 +65,62 @@ def serve(
         until: ends it as well.
 
     Raises:
-        ServingError: neither a file nor bundles, or the server doesn't come up.
+        ServingError: neither a file nor bundles, another server uses the state folder, or the server doesn't come up.
         ConfigError: a configuration that the schema refuses.
     """
-    path = configuration(what, changes, runtime)
-    config = load_serving(path)
+    wanted = configuration(what, changes, runtime)
+    config, path = wanted.config, wanted.path
     over = until or threading.Event()
     from medray.engines.ray.serve.server import serving
 
     with (
         _ended_by_signals(over),
+        alone(Path(config.state)),
         logs.recording(Path(config.state), run="serve"),
+        _written(wanted),
         serving(config, path, address=address) as url,
+        _ended_by_signals(over),  # again: Ray, as it starts, puts a handler of its own in place that ends at once
     ):
         started(url, path)
         over.wait()
 
 
-def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | None = None) -> Path:
-    """The file to serve by; made from bundles where they are named.
+@contextlib.contextmanager
+def _written(wanted: Wanted) -> Iterator[None]:
+    wanted.write()
+    yield
+
+
+@contextlib.contextmanager
+def alone(state: Path) -> Iterator[None]:
+    """Hold the state folder, which is made, for one server; a process that dies lets go of it.
+
+    Raises:
+        ServingError: another server has it, or it can't be written.
+    """
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(state / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ServingError(
+            f"{state}: can't be written ({error.strerror or error}). Set state: another folder"
+        ) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServingError(f"{state}: another server uses this folder; set state to another one") from None
+        except OSError as error:
+            raise ServingError(
+                f"{state}: can't be locked ({error.strerror or error}). Set state: another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | None = None) -> Wanted:
+    """What to serve by; made from bundles where they are named. Nothing is written yet.
 
     Raises:
         ServingError: neither a file nor bundles.
@@ -68,7 +130,8 @@ def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | N
         given = [*changes, *(["runtime"] if runtime else [])]
         if given:
             raise ServingError(f"{what[0]} is a configuration: write {', '.join(given)} into it")
-        return Path(what[0]).absolute()
+        path = Path(what[0]).absolute()
+        return Wanted(config=load_serving(path), path=path, text=None)
     models: dict[str, Any] = {}
     for text in what:
         place = Path(text).absolute()
@@ -88,11 +151,8 @@ def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | N
     content["state"] = config.state
     if config.security.keys is not None:
         content["security"] = {**content["security"], "keys": config.security.keys}
-    path = Path(config.state) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with appearing(path) as partial:
-        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return path
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return Wanted(config=config, path=Path(config.state) / FILE, text=text)
 
 
 @contextlib.contextmanager

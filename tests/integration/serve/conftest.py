@@ -93,7 +93,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(60)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        assert process.returncode == 0, "it is ended in order, not cut off: what was taken in is answered"

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,7 +182,10 @@ def test_a_swap_under_load_loses_no_request_and_rolls_back(server: Any, tmp_path
 
 def test_mutated_bodies_cost_no_more_than_a_refusal(server: Any) -> None:
     rng = random.Random(0)
-    seeds = [png(), nifti_bytes(nii((6, 6, 6))), npy(np.zeros((8, 8))), zipped({"a.dcm": bytes(128) + b"DICM"}), b"{}"]
+    series = {"a.dcm": bytes(128) + b"DICM" + bytes(500)}
+    zips = [zipped(series, method) for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2)]
+    zips.append(zipped(series, zipfile.ZIP_STORED, zip64=True))
+    seeds = [png(), nifti_bytes(nii((6, 6, 6))), npy(np.zeros((8, 8))), *zips, b"{}"]
     statuses: Counter[int] = Counter()
     for n in range(200):
         body = bytearray(rng.choice(seeds))

@@ -45,7 +45,11 @@ def test_bundles_become_a_configuration_that_can_be_edited(tmp_path: Path, monke
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "bundle.json").write_text("{}")
     bundles = ["runs/seg/bundle", "runs/cls/bundle", "old/seg"]
-    path = serving.configuration(bundles, {"port": 9000, "security": {"keys": "k.json"}}, "onnx")
+    wanted = serving.configuration(bundles, {"port": 9000, "security": {"keys": "k.json"}}, "onnx")
+    path = wanted.path
+    assert not path.parent.exists()  # a server that runs there follows the file: nothing is written before the lock
+    with serving.alone(path.parent):
+        wanted.write()
     assert path == tmp_path / "runs/serve/serve.yaml"
     assert path.parent.stat().st_mode & 0o077 == 0
     content = yaml.safe_load(path.read_text())
@@ -55,11 +59,27 @@ def test_bundles_become_a_configuration_that_can_be_edited(tmp_path: Path, monke
         "versions": {"1": {"bundle": str(tmp_path / "runs/seg/bundle")}},
         "runtime": "onnx",
     }
-    assert serving.configuration([str(path)], {}) == path
+    own = serving.configuration([str(path)], {})
+    assert own.path == path and own.config == wanted.config and own.text is None
     with pytest.raises(ServingError, match="write port into it"):
         serving.configuration([str(path)], {"port": 1})
     with pytest.raises(ServingError, match="neither a bundle"):
         serving.configuration(["runs"], {})
+
+
+def test_a_second_server_in_a_folder_changes_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seg").mkdir()
+    (tmp_path / "seg/bundle.json").write_text("{}")
+    state = tmp_path / "runs/serve"
+    with serving.alone(state):
+        (state / "metrics").mkdir()
+        (state / "serve.yaml").write_text("of the first")
+        with pytest.raises(ServingError, match="another server uses this folder; set state to another one"):
+            serving.serve(["seg"], changes={})
+        assert (state / "serve.yaml").read_text() == "of the first" and (state / "metrics").is_dir()
+    with serving.alone(state):  # it is let go
+        pass
 
 
 def test_keys_are_added_listed_and_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -20,6 +20,8 @@ from medray.workflows.client import predict_by_server
 FOUND = {"classes": ["ill"], "probabilities": {"normal": 0.1, "ill": 0.9}, "seconds": {}}
 MODEL = {
     "name": "cls",
+    "version": "1",
+    "share": 0.9,
     "bundle": "b",
     "ndim": 2,
     "task": "classification",
@@ -51,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         status, headers = self.server.script.pop(0) if self.server.script else (200, {})
         document: Any = FOUND if status == 200 else {"error": {"reason": "x", "message": "the reason"}}
         if self.path == "/v1/models":
-            document = {"default": "cls", "models": [MODEL]}
+            document = {"default": "cls", "models": [{**MODEL, "version": "0", "share": 0.1, "ndim": 3}, MODEL]}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -126,7 +128,21 @@ def test_a_series_goes_as_a_zip_without_its_names(fake: Fake, tmp_path: Path) ->
 
 def test_the_command_line_s_answers_by_server(fake: Fake, image: Path, tmp_path: Path) -> None:
     summary = predict_by_server(url(fake), [str(image)], tmp_path / "out")
+    assert fake.asked[-1][0] == "/v1/predict?model=cls&version=1"  # the one whose facts are told
     assert summary.exit_code == 0 and summary.answers[0].classes == ("ill",)
     assert "scan.png,ill,0.100000,0.900000" in (tmp_path / "out" / "predictions.csv").read_text()
     with pytest.raises(ServingError, match="no model 'x'"):
         predict_by_server(url(fake), [str(image)], tmp_path / "out", model="x")
+
+
+def test_patience_counts_from_the_first_failure(fake: Fake, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, real = [0.0], medray.Client._try
+
+    def slow(self: Any, *words: Any) -> Any:
+        now[0] += 100.0
+        return real(self, *words)
+
+    monkeypatch.setattr(medray.Client, "_try", slow)
+    monkeypatch.setattr("medray.workflows.client.time.monotonic", lambda: now[0])
+    fake.script = [(503, {})]
+    assert medray.Client(url(fake), patience=15.0).predict(image) == FOUND

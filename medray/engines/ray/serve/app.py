@@ -20,7 +20,7 @@ from medray.engines.ray.serve import bodies, protocol
 from medray.engines.ray.serve.intake import TYPES
 from medray.engines.ray.serve.journal import Kept
 from medray.engines.ray.serve.keys import Key, Scope, from_headers
-from medray.engines.ray.serve.refusal import RefusedError
+from medray.engines.ray.serve.refusal import RefusedError, is_full, no_space
 from medray.engines.ray.serve.schemas import (
     ANSWERS,
     PICTURES,
@@ -91,10 +91,10 @@ def create_app(get_service: Callable[[], Service]) -> FastAPI:
     return app
 
 
-def _key(service: Service, request: Request, scope: Scope) -> Any:
-    """Who asks; looked up on a thread, where a first look costs 40 ms of scrypt."""
+def _key(service: Service, request: Request, scope: Scope, *, counted: bool = False) -> Any:
+    """Who asks; looked up on a thread, where a first look costs 40 ms of scrypt. Counted: of its rate."""
     text = from_headers(request.headers.get("authorization"), request.headers.get("x-api-key"))
-    return asyncio.to_thread(service.let_in, text, scope)
+    return asyncio.to_thread(service.let_in if counted else service.known, text, scope)
 
 
 def _add_health(app: FastAPI, get_service: Callable[[], Service]) -> None:
@@ -136,7 +136,7 @@ def _add_health(app: FastAPI, get_service: Callable[[], Service]) -> None:
 
 
 def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
-    @app.get("/v1/models", tags=["images"], responses=refusals(401, 403, 429))
+    @app.get("/v1/models", tags=["images"], responses=refusals(401, 403))
     async def models(request: Request) -> ModelList:
         """What there is to ask, and what computes it (scope: predict)."""
         service = get_service()
@@ -150,10 +150,16 @@ def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
             return protocol.describe(one.bundle.spec, one.model, list(service.fleet.table[one.model]))
 
     async def is_ready(model: str, version: str | None) -> Health:
-        with get_service().fleet.chosen(model, version, "0" * 12):
-            return Health(live=True, ready=True)
+        try:
+            with get_service().fleet.chosen(model, version, "0" * 12):
+                return Health(live=True, ready=True)
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            # Asked without a key: what there is is not told.
+            raise RefusedError(404, error.reason, "no such model or version answers here") from None
 
-    @app.get("/v2/models/{model}", tags=["protocol v2"], responses=protocol_refusals(401, 403, 404, 422, 429, 503))
+    @app.get("/v2/models/{model}", tags=["protocol v2"], responses=protocol_refusals(401, 403, 404, 422, 503))
     async def metadata(request: Request, model: InPath) -> dict[str, Any]:
         """The model's tensors (scope: predict)."""
         return await describe(request, model, None)
@@ -161,7 +167,7 @@ def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
     @app.get(
         "/v2/models/{model}/versions/{version}",
         tags=["protocol v2"],
-        responses=protocol_refusals(401, 403, 404, 422, 429, 503),
+        responses=protocol_refusals(401, 403, 404, 422, 503),
     )
     async def version_metadata(request: Request, model: InPath, version: InPath) -> dict[str, Any]:
         """The version's tensors (scope: predict)."""
@@ -219,7 +225,7 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
     async def predict(request: Request, model: Named = None, version: Versioned = None) -> Response:
         """Answer one image (scope: predict): JSON, or by Accept a NIfTI mask, a PNG overlay or a DICOM-SEG."""
         service = get_service()
-        key = await _key(service, request, "predict")
+        key = await _key(service, request, "predict", counted=True)
         return await _answered(await job(service, request, key, model, version), service)
 
     @app.post(
@@ -238,7 +244,7 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
     ) -> Response:
         """Where the network looked (scope: explain): a picture, or by Accept a NIfTI map on the scan's own grid."""
         service = get_service()
-        key = await _key(service, request, "explain")
+        key = await _key(service, request, "explain", counted=True)
         wanted = Explain(method=method, target=target)
         return await _answered(await job(service, request, key, model, version, wanted), service)
 
@@ -266,7 +272,7 @@ async def _answered(asked: Job, service: Service) -> Response:
 def _add_tensors(app: FastAPI, get_service: Callable[[], Service]) -> None:
     async def infer_any(request: Request, model: str, version: str | None) -> Response:
         service = get_service()
-        key = await _key(service, request, "predict")
+        key = await _key(service, request, "predict", counted=True)
         with service.uploads.admitted():
             body = await bodies.whole(request, service.limits)
         length = request.headers.get(protocol.HEADER)
@@ -294,9 +300,7 @@ def _add_tensors(app: FastAPI, get_service: Callable[[], Service]) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> JSONResponse:
-        # The protocol's own clients want text where ours is an object.
-        body = {"error": error.message} if request.url.path.startswith("/v2") else error.body
-        return JSONResponse(body, status_code=error.status, headers=error.headers)
+        return _error(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -310,6 +314,12 @@ def _add_errors(app: FastAPI) -> None:
         answer = await refused(request, RefusedError(error.status_code, "no-such-route", text))
         answer.headers.update(error.headers or {})
         return answer
+
+
+def _error(error: RefusedError, path: str) -> JSONResponse:
+    # The protocol's own clients want text where ours is an object.
+    body = {"error": error.message} if path.startswith("/v2") else error.body
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
 def _where(error: BaseException) -> str | None:
@@ -350,12 +360,16 @@ class _Around:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
+            if is_full(error) and not started:
+                logs.event("no-space", level="error", route=_route(scope), where=_where(error))
+                await _error(no_space(), scope["path"])(scope, receive, watched)
+                return
             # Caught here, since what is above would log it, and an error's text may quote what a client sent.
             kind, where = type(error).__name__, _where(error)
             logs.event("defect", level="error", error=kind, route=_route(scope), where=where)
             if not started:
-                body = RefusedError(500, "defect", "the server met a defect of its own; its log says where").body
-                await JSONResponse(body, status_code=500)(scope, receive, watched)
+                defect = RefusedError(500, "defect", "the server met a defect of its own; its log says where")
+                await _error(defect, scope["path"])(scope, receive, watched)
         finally:
             meters, route = self._get_service().meters, _route(scope)
             meters.requests.labels(route, str(status)).inc()

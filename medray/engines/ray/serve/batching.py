@@ -16,16 +16,25 @@ from typing import Any
 import numpy as np
 
 from medray.config.serving import BatchingConfig
+from medray.errors import ServingError
 from medray.predict.predictor import Floats, Predictor
 
 Told = Callable[[int, int, float], None]
 """(requests in the batch, samples in it, seconds of the engine)"""
 
 
-def run_together(engine: Callable[[Floats], Floats], arrays: list[Floats], told: Told) -> list[Floats | Exception]:
+def run_together(
+    engine: Callable[[Floats], Floats], arrays: list[Floats], told: Told, budget: int | None = None
+) -> list[Floats | Exception]:
     """Run arrays (B_i, C, *s) of several requests, those of one shape as one batch.
 
     A batch that fails is run again one by one, so that only the request at fault fails.
+
+    Args:
+        engine: of the model.
+        arrays: of the requests.
+        told: of each run.
+        budget: of voxels in a run, channels counted; what is larger is run in parts. None: there is none.
     """
     answers: list[Floats | Exception] = [RuntimeError("not run")] * len(arrays)
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -34,20 +43,37 @@ def run_together(engine: Callable[[Floats], Floats], arrays: list[Floats], told:
     for members in groups.values():
         begin = time.perf_counter()
         try:
-            logits = engine(np.concatenate([arrays[index] for index in members]) if members[1:] else arrays[members[0]])
+            joined = np.concatenate([arrays[index] for index in members]) if members[1:] else arrays[members[0]]
+            logits = _run(engine, joined, budget)
             edges = np.cumsum([len(arrays[index]) for index in members])[:-1]
             for index, part in zip(members, np.split(logits, edges), strict=True):
                 answers[index] = part
         except Exception as error:
             for index in members:
-                answers[index] = error if not members[1:] else _alone(engine, arrays[index])
+                answers[index] = error if not members[1:] else _alone(engine, arrays[index], budget)
         told(len(members), sum(len(arrays[index]) for index in members), time.perf_counter() - begin)
     return answers
 
 
-def _alone(engine: Callable[[Floats], Floats], array: Floats) -> Floats | Exception:
+def _run(engine: Callable[[Floats], Floats], array: Floats, budget: int | None) -> Floats:
+    """(B, C, *s) to logits, no more than the budget at once.
+
+    Raises:
+        ServingError: the engine gave another number of rows: whose they are can't be told.
+    """
+    rows = len(array) if budget is None else max(1, budget // max(1, array[0].size))
+    parts = []
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        parts.append(engine(part))
+        if len(parts[-1]) != len(part):
+            raise ServingError(f"the engine answered {len(parts[-1])} rows for {len(part)}")
+    return np.concatenate(parts) if parts[1:] else parts[0]
+
+
+def _alone(engine: Callable[[Floats], Floats], array: Floats, budget: int | None) -> Floats | Exception:
     try:
-        return engine(array)
+        return _run(engine, array, budget)
     except Exception as error:
         return error
 
@@ -102,14 +128,14 @@ class ServeBatcher:
         self.engine, self._loop = engine, loop
         executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._executor = executor
-        # What is larger than the budget runs alone: Serve would refuse an item that exceeds it.
+        # What is larger than the budget runs alone, in parts: Serve would refuse an item that exceeds it.
         budget = config.voxels
 
         def voxels(items: list[Floats]) -> int:
             return min(budget, sum(item.size for item in items)) if len(items) == 1 else sum(i.size for i in items)
 
         async def infer(arrays: list[Floats]) -> list[Any]:
-            return await loop.run_in_executor(executor, run_together, engine, arrays, told)
+            return await loop.run_in_executor(executor, run_together, engine, arrays, told, budget)
 
         self._infer = serve.batch(
             infer, max_batch_size=budget, batch_wait_timeout_s=config.wait_ms / 1000, batch_size_fn=voxels

@@ -2,13 +2,18 @@
 
 The configuration file is the desired state. When it changes, or a bundle in its place is written anew, what is new is
 opened and has to reproduce its golden outputs beside what answers meanwhile; then one assignment puts it in place. What
-is no longer wanted goes when its last request has been answered. A change that can't be carried out changes nothing.
+is no longer wanted goes when its last request has been answered. A change that can't be carried out changes nothing, in
+no replica: what was carried out last is written down, and a replica that starts later falls back to it.
+
+Of a changed file only ``models`` and ``default`` are taken; all else is that of the server's start.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,17 +22,22 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from medray.bundle.files import locate
+from medray.bundle.files import check_files, locate
 from medray.bundle.read import Bundle
 from medray.bundle.spec import MANIFEST_NAME
 from medray.config.serving import ModelEntry, ServeConfig, load_serving
 from medray.data.fingerprint import Fingerprint
+from medray.data.writers.atomic import appearing
 from medray.engines.ray.serve.refusal import RefusedError
-from medray.errors import MedrayError
+from medray.errors import BundleError, MedrayError
 from medray.predict.predictor import Floats, Predictor
 
 Identity = tuple[str, str, str, str]
+ACCEPTED = "accepted.json"
+"""In the state folder: models and default as they were last carried out."""
+_FOLLOWED = ("models", "default")
 _FINGERPRINT = "fingerprint.json"
+_MOST_FILES = 10_000
 
 
 class Batcher(Protocol):
@@ -81,11 +91,27 @@ class Version:
 
     @contextlib.contextmanager
     def twin(self) -> Iterator[nn.Module]:
-        """The torch network, built with the first use; for one thread at a time."""
+        """The torch network, built with the first use; for one thread at a time.
+
+        Raises:
+            RefusedError: 503, the bundle's files are no longer those that it was opened with.
+        """
         with self._twin_lock:
             if self._twin is None:
-                self._twin = self.bundle.model()
+                self._twin = self._load_twin()
             yield self._twin
+
+    def _load_twin(self) -> nn.Module:
+        directory, spec = self.bundle.directory, self.bundle.spec
+        try:
+            check_files(directory, spec)
+            twin = self.bundle.model()
+            check_files(directory, spec)  # nor were they changed while they were read
+        except (BundleError, OSError) as error:
+            raise RefusedError(
+                503, "no-twin", "the bundle's files have changed since it was opened; try again", retry_after=10
+            ) from error
+        return twin
 
     def acquire(self) -> bool:
         """Keep it open for one request; False where it is being closed already."""
@@ -120,8 +146,9 @@ class Fleet:
     """Every version that this replica answers with.
 
     Args:
-        config: where it starts from.
-        path: of the configuration file to follow; None: there is none.
+        config: of the server's start.
+        path: of the configuration file to follow; None: there is none. It may have changed since the start: what it
+            says of the models counts, or, where it is refused, what was carried out last.
         threads: of each engine.
         make_batcher: puts a queue before an engine; called with the model's name, the version and the engine.
         ready: told of each version that was opened.
@@ -140,13 +167,13 @@ class Fleet:
         ready: Callable[[Version], None] = lambda _: None,
     ) -> None:
         self._path, self._threads, self._make_batcher, self._ready = path, threads, make_batcher, ready
-        self.config = config
+        self.config = self._wanted = config
         self.error: str | None = None
         """Why the last change was refused; None where there was none, or it was carried out."""
         self._changing = threading.Lock()
-        self._seen = self._stamps()
+        self._seen: dict[str, Any] = {}
         self._table: Table = {}
-        self._table = self._build(config)
+        self._table = self._start()
 
     @property
     def table(self) -> Table:
@@ -199,20 +226,16 @@ class Fleet:
 
         Called over and over, from a thread; never raises.
         """
-        stamps = self._stamps()
-        if stamps == self._seen:
+        if self._stamps() == self._seen:
             return False
         with self._changing:
-            self._seen = stamps
             try:
-                config = self.config if self._path is None else load_serving(self._path)
+                config = self._load()
                 table = self._build(config)
-            except MedrayError as error:
-                self.error = str(error)
-                return False
             except Exception as error:
-                self.error = f"{type(error).__name__}: {error}"
+                self.error = _reason(error)
                 return False
+            self._keep(config)
             changed = config != self.config or any(
                 self._table.get(one.model, {}).get(one.version) is not one for one in _all(table)
             )
@@ -231,6 +254,59 @@ class Fleet:
         former, self._table = self._table, {}
         for one in _all(former):
             one.retire()
+
+    def _start(self) -> Table:
+        """What the file says; or, where that is refused, what was carried out last, or stood at the start."""
+        first: Exception | None = None
+        tried: list[ServeConfig] = []
+        for get in (self._load,) if self._path is None else (self._load, self._accepted, lambda: self.config):
+            try:
+                config = get()
+                if config in tried:
+                    continue
+                tried.append(config)
+                table = self._build(config)
+            except Exception as error:
+                first = first or error
+                continue
+            if first is None:
+                self._keep(config)
+            else:
+                self.error = _reason(first)
+            self.config = config
+            return table
+        assert first is not None
+        raise first
+
+    def _load(self) -> ServeConfig:
+        """What is wanted now, by the file; what was looked at for it is noted."""
+        if self._path is None:
+            self._seen = self._stamps()
+            return self.config
+        stamp = _stamp(self._path)
+        self._seen = {**self._stamps(), str(self._path): stamp}  # also where the file can't be read
+        told = load_serving(self._path)
+        self._wanted = self.config.model_copy(update={name: getattr(told, name) for name in _FOLLOWED})
+        self._seen = {**self._stamps(), str(self._path): stamp}
+        return self._wanted
+
+    def _accepted(self) -> ServeConfig:
+        """What was carried out last.
+
+        Raises:
+            OSError, ValueError: there is no such note.
+        """
+        content = json.loads((Path(self.config.state) / ACCEPTED).read_bytes())
+        start = self.config.model_dump(mode="json")
+        return ServeConfig.model_validate(start | {name: content[name] for name in _FOLLOWED})
+
+    def _keep(self, config: ServeConfig) -> None:
+        """Note what was carried out, for replicas that start later; where that fails, they have the former note."""
+        if self._path is None:
+            return
+        content = {name: config.model_dump(mode="json")[name] for name in _FOLLOWED}
+        with contextlib.suppress(OSError), appearing(Path(config.state) / ACCEPTED) as partial:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def _build(self, config: ServeConfig) -> Table:
         """Every version of a configuration; those that are open already are taken over."""
@@ -289,15 +365,26 @@ class Fleet:
             about=about,
         )
 
-    def _stamps(self) -> tuple[Any, ...]:
+    def _stamps(self) -> dict[str, Any]:
+        """Of the file, and of all files of the wanted bundles: a copy under way is taken once it is whole."""
         paths = [] if self._path is None else [self._path]
-        for entry in self.config.models.values():
-            paths += [Path(one.bundle) / MANIFEST_NAME for one in entry.versions.values()]
-        return tuple(_stamp(path) for path in paths)
+        for folder in _folders(self._wanted):
+            paths.append(Path(folder) / MANIFEST_NAME)
+            with contextlib.suppress(OSError):  # it changes as we look: the next look will see
+                paths += itertools.islice(Path(folder).rglob("*"), _MOST_FILES)
+        return {str(path): _stamp(path) for path in paths}
 
 
 def _all(table: Table) -> list[Version]:
     return [one for versions in table.values() for one in versions.values()]
+
+
+def _folders(config: ServeConfig) -> set[str]:
+    return {one.bundle for entry in config.models.values() for one in entry.versions.values()}
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, MedrayError) else f"{type(error).__name__}: {error}"
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

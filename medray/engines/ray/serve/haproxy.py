@@ -19,12 +19,17 @@ from medray.config.serving import ServeConfig
 
 SOCKET = "RAY_SERVE_HAPROXY_SOCKET_PATH"
 """Environment variable of the administration socket, in a folder of its own."""
+_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",  # 8500 for every server of a machine, as it comes
+)
 _SCRIPT = """#!/bin/sh
 # Written by medray: see medray/engines/ray/serve/haproxy.py
 for argument in "$@"; do
   if [ "$previous" = "-f" ] && [ -f "$argument" ]; then
-    sed -i -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:/\\1127.0.0.1:/' -e 's/mode 666/mode 600/' \\
-        -e '/^ *errorfile 50[234] /d' "$argument"
+    sed -i -e 's/^\\( *bind \\)\\*\\{{0,1\\}}:\\({statistics}\\|{metrics}\\)$/\\1127.0.0.1:\\2/' \\
+        -e 's/mode 666/mode 600/' -e '/^ *errorfile 50[234] /d' "$argument"
   fi
   previous="$argument"
 done
@@ -54,11 +59,16 @@ def variables(config: ServeConfig, state: Path) -> dict[str, str]:
     if binary is None or not sys.platform.startswith("linux"):
         return {}
     script = (state / "haproxy").absolute()
-    script.write_text(_SCRIPT.format(binary=shlex.quote(binary)), encoding="utf-8")
+    own = {
+        name: os.environ.get(name, str(port)) for name, port in zip(_PORTS, _free_ports(3, config.port), strict=True)
+    }
+    # The frontend's line is left alone: for 0.0.0.0 it is `bind *:PORT`, as theirs.
+    statistics, metrics, _ = own.values()
+    text = _SCRIPT.format(binary=shlex.quote(binary), statistics=statistics, metrics=metrics)
+    script.write_text(text, encoding="utf-8")
     script.chmod(0o700)
     # A Unix socket's path has at most 107 bytes: the state folder's may be longer.
     sockets = tempfile.mkdtemp(prefix="medray-")
-    statistics, metrics, fallback = _free_ports(3)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -68,21 +78,20 @@ def variables(config: ServeConfig, state: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": sockets,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{sockets}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{sockets}/metrics.sock",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),  # 8500 for every server of a machine, as it comes
+        **own,
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.limits.answer_seconds) + 10),
         "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514",
     }
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
+def _free_ports(count: int, taken: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count + 1)]
     try:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+        ports = [int(probe.getsockname()[1]) for probe in probes]
+        return [port for port in ports if port != taken][:count]
     finally:
         for probe in probes:
             probe.close()

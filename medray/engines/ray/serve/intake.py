@@ -21,13 +21,14 @@ from medray.data.image import Image
 from medray.data.manifest import Case
 from medray.data.readers import probe, read_case
 from medray.data.readers.guard import finite, require_shape
-from medray.engines.ray.serve.refusal import RefusedError
+from medray.engines.ray.serve.refusal import RefusedError, is_full
 from medray.errors import MedrayError, UnreadableError
 
 Kind = Literal["png", "jpeg", "tiff", "nifti", "dicom", "zip", "npy"]
 
 _HEAD = 352
 _CHUNK = 1 << 20
+_ENTRY = 4096  # bytes of a zip's directory for each file, names and comments included
 _PICTURES = ("png", "jpeg", "tiff")
 _NIFTI_MAGIC = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
 _UNSPECIFIED = {"", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded"}
@@ -179,17 +180,22 @@ def _read(references: Sequence[str], bounds: Bounds) -> Image:
     for reference in references:
         header = probe(reference, Path())
         claimed += 4 * header.channels * math.prod(header.shape)
-    _require_small(claimed, bounds)
+    require_small(claimed, bounds)
     image, _, _ = read_case(Case(id="request", images=tuple(references)), Path())
     return image
 
 
-def _require_small(claimed: int, bounds: Bounds) -> None:
+def require_small(claimed: int, bounds: Bounds, how: str = "decoded") -> None:
+    """Hold an image's bytes against the limit.
+
+    Raises:
+        RefusedError: 413, too many.
+    """
     if claimed > bounds.unpacked:
         raise RefusedError(
             413,
             "too-large",
-            f"the image is of {claimed:,} bytes once decoded; this server takes {bounds.unpacked:,} "
+            f"the image is of {claimed:,} bytes once {how}; this server takes {bounds.unpacked:,} "
             "(limits.unpacked_mb). Crop or resample it",
         )
 
@@ -202,7 +208,7 @@ def _unzip(path: Path, folder: Path, bounds: Bounds) -> Path:
     folder.mkdir()
     left = bounds.unpacked
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, _opened(file, bounds) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             if len(members) > bounds.files:
                 raise RefusedError(413, "too-many", f"the zip has {len(members):,} files; {bounds.files:,} are taken")
@@ -210,11 +216,37 @@ def _unzip(path: Path, folder: Path, bounds: Bounds) -> Path:
                 _require_plain(member)
                 with archive.open(member) as stream:
                     left -= _copy(stream, folder / f"{number:05}.dcm", left, bounds)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+    except RefusedError:
+        raise
+    except Exception as error:  # each method of compression has errors of its own
+        if is_full(error):
+            raise
         raise RefusedError(400, "bad-zip", f"the zip is damaged ({type(error).__name__}); pack it again") from error
     if not any(folder.iterdir()):
         raise RefusedError(422, "unreadable", "the zip holds no DICOM file; send other kinds without a zip")
     return folder
+
+
+class _Guarded:
+    """A file that refuses one read of more than ``most`` bytes; None: reads anything."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file = file
+        self.most: int | None = most
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, count: int = -1) -> bytes:
+        if self.most is not None and count > self.most:
+            raise RefusedError(413, "too-many", f"the zip's directory claims {count:,} bytes; {self.most:,} are taken")
+        return self._file.read(count)
+
+
+def _opened(file: IO[bytes], bounds: Bounds) -> zipfile.ZipFile:
+    """The archive; its directory, which is read whole and becomes an object for each entry, is held to its limit."""
+    guarded = _Guarded(file, max(1 << 17, bounds.files * _ENTRY))
+    archive = zipfile.ZipFile(guarded)
+    guarded.most = None
+    return archive
 
 
 def _require_plain(member: zipfile.ZipInfo) -> None:
@@ -267,7 +299,7 @@ def _read_npy(path: Path, ndim: int, bounds: Bounds) -> Image:
             )
         channels, spatial = (shape[0], shape[1:]) if len(shape) == ndim + 1 else (1, shape)
         require_shape("the .npy", spatial, channels)
-        _require_small(4 * math.prod(shape), bounds)
+        require_small(4 * math.prod(shape), bounds)
         stored = path.stat().st_size - file.tell()
         if stored != math.prod(shape) * dtype.itemsize:
             raise RefusedError(

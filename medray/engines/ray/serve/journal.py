@@ -44,6 +44,7 @@ class Audit:
         except OSError as error:
             raise ServingError(f"{path}: the audit trail can't be written ({error.strerror or error})") from None
         self._waiting: queue.SimpleQueue[tuple[bytes, Future[None]] | None] = queue.SimpleQueue()
+        self._closing, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
 
@@ -55,6 +56,7 @@ class Audit:
         """
         row = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"), **fields}
         future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # a client that goes away cancels what it waits for: this can't be
         self._waiting.put((json.dumps(row, ensure_ascii=True, allow_nan=False).encode() + b"\n", future))
         return future
 
@@ -67,10 +69,19 @@ class Audit:
         self.submit(**fields).result()
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
-        self._waiting.put(None)
-        self._thread.join()
-        os.close(self._descriptor)
+        """Write what waits, and close the file; once."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._waiting.put(None)
+            self._thread.join()
+            os.close(self._descriptor)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether lines are still written."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:
@@ -93,7 +104,7 @@ class Audit:
             if os.write(self._descriptor, text) != len(text):
                 raise OSError(0, "a line was cut short")
             os.fdatasync(self._descriptor)
-        except OSError:
+        except Exception:  # this thread must outlive whatever comes
             return RefusedError(503, "no-audit", "the audit trail can't be written; try again", retry_after=10)
         return None
 

@@ -8,18 +8,20 @@ second.
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from medray.config.serving import NAME
 from medray.data.writers.atomic import appearing
@@ -44,7 +46,7 @@ class Key(BaseModel):
     salt: str = Field(pattern=r"^[0-9a-f]{32}$")
     hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     requests_per_minute: int | None = Field(None, ge=1, le=1_000_000)
-    expires: datetime.datetime | None = None
+    expires: AwareDatetime | None = None
 
 
 class KeyFile(BaseModel):
@@ -117,7 +119,8 @@ def add_key(
     except ValidationError as error:
         first = error.errors()[0]
         raise ServingError(f"key {name!r}: {first['loc'][0]}: {first['msg']}") from None
-    _save(path, (*(load_keys(path) if path.exists() else ()), key))
+    with _changing(path):
+        _save(path, (*(load_keys(path) if path.exists() else ()), key))
     return f"medray_{identity}_{secret}"
 
 
@@ -127,12 +130,38 @@ def revoke_key(path: Path, which: str) -> int:
     Raises:
         ServingError: there is none, or the file can't be used.
     """
-    keys = load_keys(path)
-    left = tuple(key for key in keys if which not in (key.id, key.name))
-    if len(left) == len(keys):
-        raise ServingError(f"{path}: no key {which!r}. List them with: medray keys list --file {path}")
-    _save(path, left)
+    load_keys(path)  # a lock beside a file that isn't there would be a riddle
+    with _changing(path):
+        keys = load_keys(path)
+        left = tuple(key for key in keys if which not in (key.id, key.name))
+        if len(left) == len(keys):
+            raise ServingError(f"{path}: no key {which!r}. List them with: medray keys list --file {path}")
+        _save(path, left)
     return len(keys) - len(left)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """One process at a time: of two that add a key at once, neither's is lost.
+
+    The lock is a file of its own, since the file of keys is replaced with each change.
+
+    Raises:
+        ServingError: it can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ServingError(f"{path}: {error.strerror or error}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    except OSError as error:
+        raise ServingError(f"{path}: {error.strerror or error}") from None
+    finally:
+        os.close(descriptor)
 
 
 def _save(path: Path, keys: tuple[Key, ...]) -> None:
@@ -156,7 +185,7 @@ class KeyRing:
         self._path, self._trouble = path, trouble
         self._lock = threading.Lock()
         self._pepper = os.urandom(32)
-        self._checked: dict[bytes, bool] = {}
+        self._checked: dict[bytes, None] = {}  # right ones alone: guesses push nobody's out
         self._stamp: tuple[int, int] | None = None
         self._keys: dict[str, Key] = {}
         if path is not None:
@@ -207,15 +236,16 @@ class KeyRing:
             return None
         mark = hmac.new(self._pepper, text.encode("utf-8", "replace"), "sha256").digest()
         with self._lock:
-            known = self._checked.get(mark)
-        if known is None:
-            known = hmac.compare_digest(_hash(parts[2], key.salt), key.hash)
+            known = mark in self._checked
+        if not known:
+            if not hmac.compare_digest(_hash(parts[2], key.salt), key.hash):
+                return None
             with self._lock:
                 while len(self._checked) >= _REMEMBERED:
                     self._checked.pop(next(iter(self._checked)))
                 if self._keys.get(key.id) is key:  # taken back meanwhile?
-                    self._checked[mark] = known
-        return key if known and self._keys.get(key.id) is key else None
+                    self._checked[mark] = None
+        return key if self._keys.get(key.id) is key else None
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -36,6 +36,7 @@ _TYPES = {
     "INT64": np.int64,
 }
 _MOST_JSON = 64 << 20
+_MOST_VALUES = _MOST_JSON // 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +67,17 @@ def describe(spec: BundleSpec, name: str, versions: list[str]) -> dict[str, Any]
     }
 
 
-def parse(body: bytes, header_length: str | None, spec: BundleSpec) -> InferRequest:
+def parse(body: bytes, header_length: str | None, spec: BundleSpec, most: int) -> InferRequest:
     """Understand an inference request.
 
     Args:
         body: all of it.
         header_length: value of the header that says where the binary tensors begin; None: all is JSON.
         spec: of the model.
+        most: bytes that the tensor, and what is answered, may take as float32.
 
     Raises:
-        RefusedError: 400, against the protocol; 422, a tensor that the model doesn't take.
+        RefusedError: 400, against the protocol; 413, too large; 422, a tensor that the model doesn't take.
     """
     cut = len(body)
     if header_length is not None:
@@ -93,7 +95,24 @@ def parse(body: bytes, header_length: str | None, spec: BundleSpec) -> InferRequ
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise _bad(f"inputs must be a list of one tensor, {INPUT!r}")
-    array = _tensor(inputs[0], body[cut:])
+    count = _count(inputs[0])
+    segments = spec.kind == "segmentation"
+    bytes_ = 4 * count * (max(1, len(spec.classes)) if segments else 1)
+    if bytes_ > most:
+        raise RefusedError(
+            413,
+            "too-large",
+            f"the tensor, or its answer, is of {bytes_:,} bytes; this server takes {most:,} (limits.unpacked_mb). Send "
+            "fewer at once",
+        )
+    outputs = _outputs(request)
+    if segments and not all(outputs.values()) and bytes_ // 4 > _MOST_VALUES:
+        raise RefusedError(
+            413,
+            "too-large",
+            f"{bytes_ // 4:,} values as JSON; ask for outputs with binary_data: {_MOST_VALUES:,} are given",
+        )
+    array = _tensor(inputs[0], count, body[cut:])
     wanted = [-1, spec.channels, *(spec.inference.patch_size or spec.preprocess.size or (-1,) * spec.ndim)]
     fits = array.ndim == len(wanted) and all(w in (-1, n) for w, n in zip(wanted, array.shape, strict=True))
     if not fits or not array.size:
@@ -105,7 +124,7 @@ def parse(body: bytes, header_length: str | None, spec: BundleSpec) -> InferRequ
     identity = request.get("id")
     if identity is not None and not isinstance(identity, str):
         raise _bad("id must be text")
-    return InferRequest(id=identity, array=floats, outputs=_outputs(request))
+    return InferRequest(id=identity, array=floats, outputs=outputs)
 
 
 def _bad(message: str) -> RefusedError:
@@ -131,8 +150,9 @@ def _outputs(request: Mapping[str, Any]) -> dict[str, bool]:
     return found
 
 
-def _tensor(given: Mapping[str, Any], binary: bytes) -> npt.NDArray[Any]:
-    name, kind, shape, parameters = (given.get(key) for key in ("name", "datatype", "shape", "parameters"))
+def _count(given: Mapping[str, Any]) -> int:
+    """Values of the described tensor, before any array is made."""
+    name, kind, shape = (given.get(key) for key in ("name", "datatype", "shape"))
     if name != INPUT:
         raise _bad(f"the input must be named {INPUT!r}")
     if not isinstance(kind, str) or kind not in _TYPES:
@@ -143,7 +163,12 @@ def _tensor(given: Mapping[str, Any], binary: bytes) -> npt.NDArray[Any]:
         or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in shape)
     ):
         raise _bad("shape must be a list of at most 8 whole numbers")
-    dtype, count = np.dtype(_TYPES[kind]).newbyteorder("<"), math.prod(shape)
+    return math.prod(shape)
+
+
+def _tensor(given: Mapping[str, Any], count: int, binary: bytes) -> npt.NDArray[Any]:
+    shape, parameters, dtype = given["shape"], given.get("parameters"), np.dtype(_TYPES[given["datatype"]])
+    dtype = dtype.newbyteorder("<")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None:
         if size != count * dtype.itemsize or size != len(binary):

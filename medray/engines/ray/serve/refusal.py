@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from medray.errors import ServingError
 
 
@@ -29,3 +31,13 @@ class RefusedError(ServingError):
         """Of the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, or a share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_space() -> RefusedError:
+    """503: the disk is full."""
+    return RefusedError(503, "no-space", "the server's disk is full; try again later", retry_after=10)

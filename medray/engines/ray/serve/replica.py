@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from medray import logs
 from medray.config.serving import ServeConfig, load_serving
+from medray.engines.ray.serve.fleet import ACCEPTED
 from medray.engines.ray.session import usable_cpus
 
 POLL = 0.5
@@ -22,7 +25,7 @@ class Replica:
     """One process that answers.
 
     Args:
-        content: of the configuration, JSON.
+        content: of the configuration at the server's start, JSON.
         path: of its file, to be followed; None: there is none.
         threads: of each engine.
         where: the log to join.
@@ -44,8 +47,15 @@ class Replica:
         loop = asyncio.get_running_loop()
         self._over = threading.Event()
         self.service = await asyncio.to_thread(self._make, content, path, threads, loop)
-        self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
-        self._follower.start()
+        self._start_to_follow()
+
+    def _start_to_follow(self) -> None:
+        self._followers = [
+            threading.Thread(target=self._follow, args=(look,), name=f"follow-{what}", daemon=True)
+            for what, look in (("configuration", self.service.refresh), ("keys", self.service.refresh_keys))
+        ]
+        for thread in self._followers:
+            thread.start()
 
     def _make(self, content: dict[str, Any], path: str | None, threads: int, loop: asyncio.AbstractEventLoop) -> Any:
         from medray.engines.ray.serve.batching import ServeBatcher
@@ -53,8 +63,7 @@ class Replica:
         from medray.engines.ray.serve.service import Service
         from medray.predict.sliding import load_libraries
 
-        # As it is now, not as it was when the server was started: this replica may be a later one.
-        config = ServeConfig.model_validate(content) if path is None else load_serving(Path(path))
+        config = ServeConfig.model_validate(content)
         meters = Meters()
 
         def make_batcher(model: str, version: str, engine: Any) -> ServeBatcher:
@@ -80,23 +89,25 @@ class Replica:
 
         return create_app(lambda: self.service)
 
-    def _follow(self) -> None:
+    def _follow(self, look: Callable[[], None]) -> None:
         while not self._over.wait(POLL):
             try:
-                self.service.refresh()
+                look()
             except Exception as error:  # a full disk, say; the next look may do better
                 logs.event("follow-failed", level="error", error=type(error).__name__)
 
     def check_health(self) -> None:
-        """For Serve: the files must still be looked at, else changes and revoked keys would go unseen."""
-        if not self._follower.is_alive():
-            raise RuntimeError("the thread that follows the configuration is gone")
+        """For Serve: the files must still be looked at, and answers accounted for; else another takes its place."""
+        if not all(thread.is_alive() for thread in self._followers):
+            raise RuntimeError("a thread that follows the files of configuration and keys is gone")
+        if not self.service.audit.is_alive:
+            raise RuntimeError("the thread of the audit trail is gone")
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:  # Serve awaits it
         if hasattr(self, "_over"):
             self._over.set()
         if hasattr(self, "service"):
-            self.service.close()
+            await asyncio.to_thread(self.service.close)  # what is under way there needs the event loop
 
 
 def _hush() -> None:
@@ -192,4 +203,11 @@ def build(arguments: dict[str, str]) -> Any:
         raise ConfigError(f"args of the application: {sorted(arguments)}; there is one, config: the server's file")
     path = Path(arguments["config"])
     config = load_serving(path)
+    if config.security.keys is None:
+        raise ConfigError(
+            f"{path}: on a cluster other machines reach the server, and security.keys is not set, so that anyone could "
+            "ask. Make keys with 'medray keys add NAME --file keys.json', and set security.keys: keys.json"
+        )
+    with contextlib.suppress(OSError):  # of an earlier server
+        (Path(config.state) / ACCEPTED).unlink(missing_ok=True)
     return application(config, path, {}, cpus=(config.replicas.cpus or usable_cpus()) * config.replicas.most)

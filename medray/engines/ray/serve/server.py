@@ -14,7 +14,9 @@ from typing import Any
 from medray import logs
 from medray.config.serving import ServeConfig
 from medray.engines.ray.serve import haproxy
+from medray.engines.ray.serve.fleet import ACCEPTED
 from medray.engines.ray.serve.meters import FOLDER
+from medray.engines.ray.serve.work import WORK
 from medray.engines.ray.session import ray_session, usable_cpus
 from medray.errors import ServingError
 
@@ -42,19 +44,27 @@ def serving(config: ServeConfig, path: Path | None, *, address: str | None = Non
         The server's URL. Every bundle has reproduced its golden outputs.
 
     Raises:
-        ServingError: the port is taken, or the application doesn't come up; with its reason.
+        ServingError: the port is taken, a cluster without keys, or the application doesn't come up; with its reason.
     """
     state = Path(config.state)
     metrics = state / "metrics"
+    if address is not None and config.security.keys is None:
+        raise ServingError(
+            "on a cluster other machines reach the server, and security.keys is not set, so that anyone could ask. "
+            "Make keys with 'medray keys add NAME --file keys.json', and set security.keys: keys.json"
+        )
+    _require_free(config)
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        shutil.rmtree(metrics, ignore_errors=True)  # of replicas of a server that is gone
+        # Of replicas of a server that is gone.
+        shutil.rmtree(metrics, ignore_errors=True)
+        shutil.rmtree(state / WORK, ignore_errors=True)
+        (state / ACCEPTED).unlink(missing_ok=True)
         metrics.mkdir()
     except OSError as error:
         raise ServingError(
             f"{state}: can't be written ({error.strerror or error}). Set state: another folder"
         ) from None
-    _require_free(config)
     variables = dict(_QUICK)
     secure = config.security.certificate is not None
     if address is None and config.fast_proxy and not secure:
@@ -89,15 +99,21 @@ def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *,
         url = f"{scheme}://{host}:{config.port}"
     except Exception as error:
         reason = _reason(error)
-        with contextlib.suppress(Exception):
-            serve.shutdown()
+        _end(local=local)
         raise ServingError(f"the server did not come up: {reason}") from error
     try:
         logs.event("serving", url=url, models=list(config.models))
         yield url
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown()
+        _end(local=local)
+
+
+def _end(*, local: bool) -> None:
+    """End all of a session of our own; on a cluster our application alone, for others may serve there as well."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        serve.shutdown() if local else serve.delete(_NAME)
 
 
 def _reason(error: BaseException) -> str:

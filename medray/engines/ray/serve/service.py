@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +18,16 @@ from urllib.parse import quote
 from medray import logs
 from medray.config.serving import ServeConfig
 from medray.data.image import Image
+from medray.data.preprocess import Preprocessor
 from medray.engines.ray.serve import answers, protocol
 from medray.engines.ray.serve.fleet import Fleet, MakeBatcher, Version
-from medray.engines.ray.serve.intake import Bounds, Part, read_upload
+from medray.engines.ray.serve.intake import Bounds, Part, read_upload, require_small
 from medray.engines.ray.serve.journal import Answers, Audit, Kept
 from medray.engines.ray.serve.keys import Key, KeyRing, Scope
 from medray.engines.ray.serve.meters import Meters
 from medray.engines.ray.serve.rates import Admission, RateLimit
 from medray.engines.ray.serve.refusal import RefusedError
+from medray.engines.ray.serve.work import Work
 from medray.errors import DataError, ModelError
 from medray.explain.cam import Method, explain
 from medray.predict.predictor import probabilities
@@ -86,6 +88,7 @@ class Service:
         self.meters = meters
         state = Path(config.state)
         self.audit = Audit(state / "audit.jsonl")
+        self._work_folder = Work(state)
         self._answers = Answers(state / "answers", config.kept_answers)
         self._rates = RateLimit(state / "rates")
         keys = config.security.keys
@@ -98,22 +101,32 @@ class Service:
         self._bounds = Bounds(unpacked=config.limits.unpacked_mb << 20, files=config.limits.files)
         self.fleet = Fleet(config, path=path, threads=threads, make_batcher=make_batcher, ready=self._opened)
 
-    def refresh(self) -> None:
-        """Look at the files of keys and configuration; called over and over, from a thread."""
+        self._tell_refused(None)
+
+    def refresh_keys(self) -> None:
+        """Look at the file of keys; called over and over, from a thread of its own: opening bundles takes minutes."""
         self.ring.refresh()
+
+    def refresh(self) -> None:
+        """Look at the configuration and its bundles; called over and over, from a thread."""
         before = self.fleet.error
         if self.fleet.follow():
             logs.event("serving-changed", versions=[f"{one.model} {one.version}" for one in self.versions()])
-        elif self.fleet.error != before and self.fleet.error is not None:
-            logs.event("serving-refused", level="error", text=self.fleet.error)
+        else:
+            self._tell_refused(before)
         self.meters.config_refused.set(self.fleet.error is not None)
         self.meters.waiting.set(self.predictions.inside)
 
+    def _tell_refused(self, before: str | None) -> None:
+        if self.fleet.error != before and self.fleet.error is not None:
+            logs.event("serving-refused", level="error", text=self.fleet.error)
+
     def close(self) -> None:
-        """Answer what was taken in, and stop."""
+        """Answer what was taken in, and stop. It waits: not to be called on the event loop, which answers need."""
         self._executor.shutdown(wait=True)
         self.fleet.close()
         self.audit.close()
+        self._work_folder.close()
 
     def versions(self) -> list[Version]:
         """All that answer."""
@@ -131,15 +144,23 @@ class Service:
 
     # Who ------------------------------------------------------------------------------------------------------------
 
+    def known(self, text: str | None, scope: Scope) -> Key:
+        """The key behind a request that costs nothing: it isn't counted.
+
+        Raises:
+            RefusedError: 401 or 403.
+        """
+        return self.ring.who(text, scope)
+
     def let_in(self, text: str | None, scope: Scope) -> Key:
-        """The key behind a request, counted.
+        """The key behind a request for an answer, counted.
 
         Raises:
             RefusedError: 401, 403 or 429.
         """
-        key = self.ring.who(text, scope)
+        key = self.known(text, scope)
         per_minute = key.requests_per_minute or self._per_minute
-        if per_minute is not None and scope in ("predict", "explain"):
+        if per_minute is not None:
             self._rates.take(key.id, per_minute)
         return key
 
@@ -147,7 +168,7 @@ class Service:
 
     def new_folder(self) -> Path:
         """A private one, for one request's files."""
-        return Path(tempfile.mkdtemp(prefix="medray-"))
+        return self._work_folder.new_folder()
 
     def start(self, job: Job) -> Any:
         """Have a job answered on a thread; a client that goes away does not stop it. A ``Future[Kept]``.
@@ -191,14 +212,14 @@ class Service:
             begin = time.perf_counter()
             image = read_upload(job.parts, job.folder, ndim=spec.ndim, bounds=self._bounds)
             read = time.perf_counter() - begin
+            voxels = self._voxels(version, image, job)
             with_probabilities = spec.kind != "segmentation" or (
-                form == "json" and 4 * len(spec.classes) * image.array[0].size <= answers.PROBABILITY_BYTES
+                form == "json" and 4 * len(spec.classes) * voxels <= answers.PROBABILITY_BYTES
             )
             try:
                 found = version.bundle.predict(image, version, with_probabilities=with_probabilities)
             except (DataError, ModelError) as error:
-                text = str(error).replace(str(job.folder), "").replace(image.source or "\0", "the image")
-                raise RefusedError(422, "unfit-image", text) from error
+                raise _unfit("unfit-image", error, image, job) from error
             found = replace(found, seconds={"read": read, **found.seconds})
             noted = answers.flags(version.bundle, version.fingerprint, image, found.labels)
             begin = time.perf_counter()
@@ -219,18 +240,36 @@ class Service:
         form = answers.choose_map(job.accept)
         spec = version.bundle.spec
         image = read_upload(job.parts, job.folder, ndim=spec.ndim, bounds=self._bounds)
+        self._voxels(version, image, job)
         try:
             with version.twin() as twin:
                 found = explain(version.bundle, image, method=asked.method, target=asked.target, model=twin)
         except (DataError, ModelError) as error:
-            text = str(error).replace(str(job.folder), "").replace(image.source or "\0", "the image")
-            raise RefusedError(422, "not-explained", text) from error
+            raise _unfit("not-explained", error, image, job) from error
         note = f"{found.method} of {found.target_name}. {spec.intended_use}"
         body = answers.as_map(form, found.heat, image, job.folder, note)
         self._account(version, job.key, "explain", job.digest, body)
         headers = self._headers(version, answers.MEDIA[form])
         headers |= {"Medray-Method": found.method, "Medray-Target": quote(found.target_name, safe=" ")}
         return Kept(status=200, headers=headers, body=body)
+
+    def _voxels(self, version: Version, image: Image, job: Job) -> int:
+        """Of one channel, on the image's own grid or as the network sees it, whichever has more.
+
+        Raises:
+            RefusedError: 413, a small image with a large spacing would be too large once it is resampled; 422, it is
+                not of the bundle's kind.
+        """
+        spec = version.bundle.spec
+        own = math.prod(image.shape)
+        if image.ndim != spec.ndim or len(image.array) != spec.channels:
+            return own  # which predicting will refuse
+        try:
+            prepared = Preprocessor(spec.preprocess, ndim=spec.ndim, channels=spec.channels).geometry(image).prepared
+        except DataError as error:
+            raise _unfit("unfit-image", error, image, job) from error
+        require_small(4 * spec.channels * math.prod(prepared), self._bounds, "resampled")
+        return max(own, math.prod(prepared))
 
     def _headers(self, version: Version, media: str) -> dict[str, str]:
         about = version.about
@@ -284,7 +323,9 @@ class Service:
         digest = await _off_the_loop(len(body), lambda: hashlib.sha256(body).hexdigest())
         with self.fleet.chosen(model, version, digest) as one, self.predictions.admitted():
             spec = one.bundle.spec
-            asked = await _off_the_loop(len(body), lambda: protocol.parse(body, header_length, spec))
+            asked = await _off_the_loop(
+                len(body), lambda: protocol.parse(body, header_length, spec, self._bounds.unpacked)
+            )
             begin = time.perf_counter()
             try:
                 logits = await one.batcher.infer(asked.array)
@@ -295,16 +336,20 @@ class Service:
             self.meters.stage_seconds.labels(one.model, one.version, "network").observe(time.perf_counter() - begin)
             outputs = {"logits": logits}
             if "probabilities" in asked.outputs:
-                outputs["probabilities"] = probabilities(logits, spec.kind, spec.temperature)
+                outputs["probabilities"] = await _off_the_loop(
+                    logits.nbytes, lambda: probabilities(logits, spec.kind, spec.temperature)
+                )
             about = {
                 "engine": one.about["engine"],
                 "precision": one.about["precision"],
                 "intended_use": spec.intended_use,
             }
-            answer, headers = await _off_the_loop(
-                logits.nbytes,
-                lambda: protocol.answer(asked, outputs, name=one.model, version=one.version, parameters=about),
-            )
+
+            def write() -> tuple[bytes, dict[str, str], str]:
+                text, headers = protocol.answer(asked, outputs, name=one.model, version=one.version, parameters=about)
+                return text, headers, hashlib.sha256(text).hexdigest()
+
+            answer, headers, result = await _off_the_loop(logits.nbytes, write)
             written = self.audit.submit(
                 who=key.id,
                 name=key.name,
@@ -315,7 +360,7 @@ class Service:
                 engine=one.about["engine"],
                 precision=one.about["precision"],
                 input=digest,
-                result=hashlib.sha256(answer).hexdigest(),
+                result=result,
             )
             await asyncio.wrap_future(written)
             return answer, headers
@@ -324,6 +369,12 @@ class Service:
 async def _off_the_loop(size: int, work: Callable[[], T]) -> T:
     """What takes long goes to a thread, so that health is answered meanwhile; what is short is done here, sooner."""
     return work() if size < _SHORT else await asyncio.to_thread(work)
+
+
+def _unfit(reason: str, error: Exception, image: Image, job: Job) -> RefusedError:
+    """422, without our own paths."""
+    text = str(error).replace(str(job.folder), "").replace(image.source or "\0", "the image")
+    return RefusedError(422, reason, text)
 
 
 def _classes(version: Version, found: Any) -> list[str]:

@@ -18,8 +18,10 @@ from medray.config.schema import ModelConfig, PreprocessConfig
 from medray.models.catalogue import build_model
 
 
-def write_small(directory: Path, kind: str = "classification", *, ndim: int = 2, seed: int = 0, **fields: Any) -> Path:
-    """A bundle of a small network of the catalogue, whose weights ``seed`` decides."""
+def write_small(
+    directory: Path, kind: str = "classification", *, ndim: int = 2, seed: int = 0, spacing: Any = None, **fields: Any
+) -> Path:
+    """A bundle of a small network of the catalogue, whose weights ``seed`` decides; ``spacing``: resampled to, mm."""
     torch.manual_seed(seed)
     segments = kind == "segmentation"
     size, patch = (None, (16,) * ndim) if segments else ((16,) * ndim, None)
@@ -33,7 +35,7 @@ def write_small(directory: Path, kind: str = "classification", *, ndim: int = 2,
         ndim=ndim,
         channels=1,
         classes=classes,
-        preprocess=PreprocessConfig(size=size),
+        preprocess=PreprocessConfig(size=size, spacing=spacing),
         inference=InferenceSpec(patch_size=patch, divisor=4),
         models=[model],
         configs=[config],
@@ -64,12 +66,13 @@ def npy(array: Any) -> bytes:
     return stream.getvalue()
 
 
-def zipped(members: dict[str, bytes]) -> bytes:
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED, *, zip64: bool = False) -> bytes:
     """A zip of these files."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(stream, "w", method) as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            with archive.open(name, "w", force_zip64=zip64) as file:
+                file.write(content)
     return stream.getvalue()
 
 

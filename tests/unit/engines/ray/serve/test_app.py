@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from PIL import Image as Pillow
 from medray import logs
 from medray.bundle.read import Bundle
 from medray.data.readers import read_image
-from tests.unit.engines.ray.serve.samples import nifti_bytes, nii, npy, png, zipped
+from medray.engines.ray.serve.keys import add_key
+from tests.unit.engines.ray.serve.samples import nifti_bytes, nii, npy, png, write_small, zipped
 
 
 def audit(client: Any) -> list[dict[str, Any]]:
@@ -149,9 +151,14 @@ def test_nothing_is_left_behind(client, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
+    seen: list[Path] = []
+    make = client.service.new_folder
+    monkeypatch.setattr(client.service, "new_folder", lambda: seen.append(make()) or seen[-1])
     for body in (png(), b"nonsense", zipped({"../evil.dcm": b"x"})):
         client.post("/v1/predict", content=body)
     client.post("/v1/predict", files=[("file", ("../../evil", png(), "image/png"))])
+    state = Path(client.service.fleet.config.state)
+    assert len(seen) == 4 and all(state / "work" in folder.parents and not folder.exists() for folder in seen)
     assert not list((tmp_path / "temporary").iterdir())
     assert not list(tmp_path.rglob("*evil*"))
 
@@ -164,6 +171,76 @@ def test_an_idempotency_key_gets_the_same_answer_once(make_client) -> None:
     assert len(audit(client)) == 1
     assert client.post("/v1/predict", content=png(seed=1), headers=headers).status_code == 422
     assert client.post("/v1/predict", content=png(), headers={"Idempotency-Key": "x" * 300}).status_code == 400
+
+
+def test_what_grows_by_resampling_is_refused_before_it_grows(make_client, tmp_path) -> None:
+    bundle = write_small(tmp_path / "fine", "segmentation", ndim=3, spacing=(1.0, 1.0, 1.0))
+    models = {"fine": {"runtime": "torch", "versions": {"1": {"bundle": str(bundle)}}}}
+    client = make_client(models=models, limits={"unpacked_mb": 1})
+    coarse = nii((8, 8, 8), affine=np.diag([40.0, 40.0, 40.0, 1.0]))  # 2 kB, and 131 MB at 1 mm
+    for route in ("predict", "explain"):
+        answer = client.post(f"/v1/{route}", content=nifti_bytes(coarse))
+        assert answer.status_code == 413 and "once resampled" in answer.json()["error"]["message"], answer.text
+    fitting = client.post("/v1/predict", content=nifti_bytes(nii((8, 8, 8), affine=np.eye(4))))
+    assert fitting.status_code == 200 and fitting.json()["uncertainty"] is not None
+    assert client.post("/v1/predict", content=npy(np.zeros((8, 8, 8)))).json()["error"]["reason"] == "unfit-image"
+
+
+def test_probabilities_are_spared_by_the_larger_grid(make_client, tmp_path, monkeypatch) -> None:
+    from medray.engines.ray.serve import answers
+
+    bundle = write_small(tmp_path / "fine", "segmentation", ndim=3, spacing=(1.0, 1.0, 1.0))
+    client = make_client(models={"fine": {"runtime": "torch", "versions": {"1": {"bundle": str(bundle)}}}})
+    monkeypatch.setattr(answers, "PROBABILITY_BYTES", 4 * 2 * 16**3 - 1)
+    small = nifti_bytes(nii((8, 8, 8), affine=np.diag([2.0, 2.0, 2.0, 1.0])))
+    assert client.post("/v1/predict", content=small).json()["uncertainty"] is None
+
+
+def test_zips_of_any_method_and_any_claim_are_refused_without_a_defect(make_client) -> None:
+    damaged = bytearray(zipped({"a.dcm": bytes(128) + b"DICM" + bytes(4000)}, zipfile.ZIP_LZMA))
+    damaged[35 + 9 : 35 + 40] = b"\xff" * 31
+    client = make_client(limits={"files": 10})
+    answer = client.post("/v1/predict", content=bytes(damaged))
+    assert answer.status_code == 400 and "LZMA" in answer.text
+    many = zipped({f"{n:0200}.txt": b"" for n in range(600)})  # a directory of 148 kB
+    answer = client.post("/v1/predict", content=many)
+    assert answer.status_code == 413 and "directory" in answer.json()["error"]["message"]
+
+
+def test_a_full_disk_is_told_as_such(make_client, monkeypatch) -> None:
+    import errno
+
+    client = make_client()
+
+    def full() -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret")
+
+    monkeypatch.setattr(client.service, "new_folder", full)
+    answer = client.post("/v1/predict", content=png())
+    assert answer.status_code == 503 and answer.json()["error"]["reason"] == "no-space"
+    assert int(answer.headers["retry-after"]) > 0 and "secret" not in answer.text
+
+
+def test_looking_costs_no_prediction_and_readiness_names_nothing(make_client, tmp_path) -> None:
+    key = add_key(tmp_path / "keys.json", "pacs", ("predict",), requests_per_minute=1)
+    client = make_client(security={"keys": str(tmp_path / "keys.json")})
+    headers = {"X-API-Key": key}
+    for _ in range(3):
+        assert client.get("/v1/models", headers=headers).status_code == 200
+        assert client.get("/v2/models/cls", headers=headers).status_code == 200
+    assert client.post("/v1/predict", content=png(), headers=headers).status_code == 200
+    assert client.post("/v1/predict", content=png(), headers=headers).status_code == 429
+    for path in ("/v2/models/x/ready", "/v2/models/cls/versions/7/ready"):
+        answer = client.get(path)
+        assert answer.status_code == 404 and "cls" not in answer.text
+    assert client.get("/v1/models").status_code == 401
+
+
+def test_tensors_that_are_too_large_are_refused(make_client) -> None:
+    client = make_client(limits={"unpacked_mb": 1})
+    tensor = {"name": "image", "datatype": "FP32", "shape": [2000, 1, 16, 16], "data": [0]}
+    answer = client.post("/v2/models/cls/infer", json={"inputs": [tensor]})
+    assert answer.status_code == 413 and "unpacked_mb" in answer.json()["error"]
 
 
 def test_too_many_at_once_are_told_to_come_again_while_health_stays_green(make_client, monkeypatch) -> None:

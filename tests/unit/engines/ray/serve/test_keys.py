@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,34 @@ def test_names_scopes_and_what_is_not_there_are_refused(tmp_path: Path) -> None:
     add_key(path, "pacs", ("predict",))
     with pytest.raises(ServingError, match="no key 'other'"):
         revoke_key(path, "other")
+
+
+def test_of_keys_that_are_added_at_once_none_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    threads = [threading.Thread(target=add_key, args=(path, f"k{n}", ("predict",))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {key.name for key in load_keys(path)} == {f"k{n}" for n in range(8)}
+
+
+def test_an_end_without_a_zone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add_key(path, "pacs", ("predict",), days=1)
+    document = json.loads(path.read_text())
+    document["keys"][0]["expires"] = "2020-01-01T00:00:00"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ServingError, match=r"expires.*timezone"):
+        load_keys(path)
+
+
+def test_guesses_push_no_right_key_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.json"
+    key = add_key(path, "pacs", ("predict",))
+    monkeypatch.setattr(keys, "_REMEMBERED", 2)
+    ring = KeyRing(path)
+    assert status(ring, key) == 200
+    assert {status(ring, f"{key}{n}") for n in range(4)} == {401}
+    monkeypatch.setattr(keys, "_hash", lambda *_: pytest.fail("it is remembered"))
+    assert status(ring, key) == 200

@@ -20,6 +20,7 @@ SPEC: Any = SimpleNamespace(
     inference=SimpleNamespace(patch_size=None),
     preprocess=SimpleNamespace(size=(2, 3)),
 )
+MOST = 1 << 20
 ARRAY = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
 
 
@@ -29,13 +30,13 @@ def request(**changes: Any) -> dict[str, Any]:
 
 
 def test_json_and_binary_say_the_same() -> None:
-    plain = protocol.parse(json.dumps(request()).encode(), None, SPEC)
+    plain = protocol.parse(json.dumps(request()).encode(), None, SPEC, MOST)
     assert np.array_equal(plain.array, ARRAY) and plain.outputs == {"logits": False, "probabilities": False}
     head = request(parameters={"binary_data_size": 24})
     del head["inputs"][0]["data"]
     head["outputs"] = [{"name": "logits", "parameters": {"binary_data": True}}]
     text = json.dumps(head).encode()
-    binary = protocol.parse(text + ARRAY.tobytes(), str(len(text)), SPEC)
+    binary = protocol.parse(text + ARRAY.tobytes(), str(len(text)), SPEC, MOST)
     assert np.array_equal(binary.array, ARRAY) and binary.outputs == {"logits": True}
     logits = np.array([[1.5, -2.0]], np.float32)
     body, headers = protocol.answer(binary, {"logits": logits}, name="m", version="1", parameters={})
@@ -44,7 +45,7 @@ def test_json_and_binary_say_the_same() -> None:
 
 
 def test_nested_data_and_other_types() -> None:
-    whole = protocol.parse(json.dumps(request(data=ARRAY.tolist(), datatype="UINT8")).encode(), None, SPEC)
+    whole = protocol.parse(json.dumps(request(data=ARRAY.tolist(), datatype="UINT8")).encode(), None, SPEC, MOST)
     assert whole.array.dtype == np.float32 and np.array_equal(whole.array, ARRAY)
 
 
@@ -61,7 +62,7 @@ def test_nested_data_and_other_types() -> None:
         (request(datatype="BYTES"), None, 400),
         (request(datatype=[]), None, 400),
         (request(shape=[1, 1, 2, "3"]), None, 400),
-        (request(shape=[2**30, 2**30]), None, 400),
+        (request(shape=[2**30, 2**30]), None, 413),
         (request(data=[1, 2]), None, 400),
         (request(data=["a"] * 6), None, 400),
         (request(data=[[1], [2, 3]]), None, 400),
@@ -81,5 +82,21 @@ def test_nested_data_and_other_types() -> None:
 def test_what_is_wrong_is_refused(body: Any, length: str | None, status: int) -> None:
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(RefusedError) as refused:
-        protocol.parse(text, length, SPEC)
+        protocol.parse(text, length, SPEC, MOST)
     assert refused.value.status == status
+
+
+def test_what_would_be_too_large_is_refused_before_an_array_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SimpleNamespace(**{**vars(SPEC), "kind": "segmentation", "preprocess": SimpleNamespace(size=None)})
+    head = request(shape=[1, 1, 100, 100])
+
+    def status(most: int, **changes: Any) -> int:
+        with pytest.raises(RefusedError) as refused:
+            protocol.parse(json.dumps({**head, **changes}).encode(), None, spec, most)
+        return refused.value.status
+
+    assert status(79_999) == 413  # 4 bytes, 10,000 values, 2 classes
+    assert status(80_000) == 400  # its six numbers are looked at
+    monkeypatch.setattr(protocol, "_MOST_VALUES", 19_999)
+    assert status(80_000) == 413
+    assert status(80_000, parameters={"binary_data_output": True}) == 400

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from medray.engines.ray.serve.journal import Answers, Audit, Kept
 from medray.engines.ray.serve.rates import Admission, RateLimit
 from medray.engines.ray.serve.refusal import RefusedError
+from medray.engines.ray.serve.work import Work
 from medray.errors import ServingError
 
 
@@ -69,6 +73,52 @@ def test_what_can_not_be_accounted_for_is_not_answered(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ServingError, match="audit trail"):
         Audit(tmp_path / "file" / "audit.jsonl")
+
+
+def test_a_client_that_goes_away_does_not_end_the_audit_trail(tmp_path: Path) -> None:
+    audit = Audit(tmp_path / "audit.jsonl")
+
+    async def leave() -> None:
+        waiter = asyncio.wrap_future(audit.submit(n=1))
+        waiter.cancel()
+        await asyncio.sleep(0)
+
+    for _ in range(20):
+        asyncio.run(leave())
+    assert audit.submit(n=2).result(timeout=10) is None
+    assert audit.is_alive and len((tmp_path / "audit.jsonl").read_text().splitlines()) == 21
+    audit.close()
+    audit.close()
+    assert not audit.is_alive
+
+
+def test_the_audit_s_thread_outlives_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = Audit(tmp_path / "audit.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", lambda _: int("x"))
+        with pytest.raises(RefusedError) as refused:
+            audit.submit(n=1).result(timeout=10)
+    assert refused.value.status == 503
+    assert audit.submit(n=2).result(timeout=10) is None
+    audit.close()
+
+
+def test_files_of_a_process_that_is_gone_are_removed_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+    dead = (
+        "import sys, pathlib, os; from medray.engines.ray.serve.work import Work; w = Work(pathlib.Path(sys.argv[1])); "
+    )
+    dead += "(w.new_folder() / 'scan').write_text('x'); os._exit(9)"
+    living = Work(tmp_path)
+    (living.new_folder() / "scan").write_text("y")
+    subprocess.run([sys.executable, "-c", dead, str(tmp_path)], check=False)
+    assert sorted(path.read_text() for path in tmp_path.rglob("scan")) == ["x", "y"]
+    assert (tmp_path / "work").stat().st_mode & 0o077 == 0
+    other = Work(tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("scan")] == ["y"]
+    living.close()
+    living.close()
+    other.close()
+    assert not list(tmp_path.rglob("scan"))
 
 
 def test_answers_are_kept_for_their_key_and_request_alone(tmp_path: Path) -> None:
