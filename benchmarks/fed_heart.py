@@ -8,18 +8,16 @@ settings but ours (see the notes) were fixed before the first run.
 from __future__ import annotations
 
 import csv
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.common import Figure, Result, Target, shared_data
+from benchmarks.common import Figure, Result, Target, over_seeds, shared_data
 from medray.config.schema import Experiment, PreprocessConfig
 from medray.data.cache import PreparedStore
 from medray.data.fingerprint import measure
@@ -49,8 +47,6 @@ PUBLIC = {
     "oldpeak": (1.0, 1.0),
 }
 """Means and deviations that a physician would name without looking at these data: what privacy normalises by."""
-T_FOUR = 2.776
-"""Student's t, 4 degrees of freedom, two-sided 95 %."""
 SEEDS = 5
 MEASURES = ("auc", "accuracy")
 
@@ -282,16 +278,16 @@ def run(quick: bool) -> Result:
     regression, constant = "pooled logistic regression (sklearn)", "constant of each site"
     figures: dict[str, Figure] = {}
     for name in ("pooled", "local", *names):
-        figures[f"{name}_auc"] = _mean([row[name][0] for row in found])
-        figures[f"{name}_accuracy"] = _mean([row[name][1] for row in found])
+        figures[f"{name}_auc"] = over_seeds([row[name][0] for row in found])
+        figures[f"{name}_accuracy"] = over_seeds([row[name][1] for row in found])
     for place, what in enumerate(MEASURES):
         for rival, short in ((regression, "regression"), (constant, "constant")):
             gaps = [row["ours"][place] - row[rival][place] for row in found]
-            figures[f"ours_minus_{short}_{what}"] = _mean(gaps)
+            figures[f"ours_minus_{short}_{what}"] = over_seeds(gaps)
     shown = {
         peer: {
-            "pooled_auc": _mean([row[peer][0] for row in found]),
-            "pooled_accuracy": _mean([row[peer][1] for row in found]),
+            "pooled_auc": over_seeds([row[peer][0] for row in found]),
+            "pooled_accuracy": over_seeds([row[peer][1] for row in found]),
         }
         for peer in (regression, constant)
     }
@@ -318,11 +314,3 @@ def run(quick: bool) -> Result:
             "seeds, which were seen before ours became a full step a round; so that was not fixed beforehand.",
         ],
     )
-
-
-def _mean(values: Sequence[float]) -> Figure:
-    centre = mean(values)
-    if len(values) < 2:
-        return Figure(value=centre)
-    half = T_FOUR * stdev(values) / math.sqrt(len(values))
-    return Figure(value=centre, low=centre - half, high=centre + half)

@@ -7,20 +7,16 @@ seed.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from statistics import mean, stdev
 
 from benchmarks._studies import QUICK, StudyRun, tune, work_folder
-from benchmarks.common import Figure, Result, Target, shared_data
+from benchmarks.common import Figure, Result, Target, over_seeds, shared_data
 
 SEEDS = 5
 SECONDS = 900.0 / SEEDS
 """Budget of one study."""
 
 SETS = {"pneumoniamnist": (0.980, 0.92), "breastmnist": (0.91, 0.88)}
-T_FOUR = 2.776
-"""Student's t, 4 degrees of freedom, two-sided 95 %."""
 
 
 def study(work: Path, quick: bool, name: str, seed: int) -> StudyRun:
@@ -40,10 +36,10 @@ def run(quick: bool) -> Result:
             continue
         runs = [study(work, quick, name, seed) for seed in range(seeds)]
         for metric, target in (("auc", auc), ("accuracy", accuracy)):
-            figures[f"{name}_{metric}"] = _mean([run.metric(metric).value for run in runs])
+            figures[f"{name}_{metric}"] = over_seeds([run.metric(metric).value for run in runs])
             if not quick:
                 targets[f"{name}_{metric}"] = Target(op=">=", value=target)
-        figures[f"{name}_gain_over_default"] = _mean([run.gain.value for run in runs])
+        figures[f"{name}_gain_over_default"] = over_seeds([run.gain.value for run in runs])
         figures[f"{name}_wall_over_budget"] = Figure(value=max(run.wall for run in runs) / seconds)
     return Result(
         figures=figures,
@@ -54,11 +50,3 @@ def run(quick: bool) -> Result:
             "Breast .901/.863, Google AutoML .919/.861. Breast's test set has 156 images: ±.05.",
         ],
     )
-
-
-def _mean(values: list[float]) -> Figure:
-    centre = mean(values)
-    if len(values) < 2:
-        return Figure(value=centre)
-    half = T_FOUR * stdev(values) / math.sqrt(len(values))
-    return Figure(value=centre, low=centre - half, high=centre + half)

@@ -239,7 +239,18 @@ def test_on_a_gpu_the_answer_is_tried_and_halved_until_it_goes_through(monkeypat
     with memory_of(monkeypatch, 100, model):
         monkeypatch.setattr("medray.train.capacity._pass", forward)
         found = largest_micro_batch(model, torch.randn(2, 1, 6, 6), 8, precision="fp32", runtime=OnDevice())
-    assert (found, tried) == (2, [8, 4, 2])
+    assert (found, tried) == (2, [2, 8, 4, 2])  # two first: where not even they fit, nothing can be measured
+
+
+def test_where_not_even_two_fit_one_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: nn.Module, images: Tensor, number: int, *_: object) -> None:
+        if number > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model = network().train()
+    with memory_of(monkeypatch, 100, model):
+        monkeypatch.setattr("medray.train.capacity._pass", forward)
+        assert largest_micro_batch(model, torch.randn(2, 1, 6, 6), 8, precision="fp32", runtime=OnDevice()) == 1
 
 
 def test_measuring_leaves_no_trace() -> None:
