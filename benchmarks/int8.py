@@ -61,7 +61,7 @@ def run(quick: bool) -> Result:
             targets |= {
                 f"{name}_int8_over_onnx_fp32": Target(op=">=", value=3.5),
                 f"{name}_drop_{metric}": Target(op="<=", value=0.005),
-                f"{name}_size_share": Target(op="<=", value=0.3),
+                f"{name}_size_share": Target(op="<=", value=0.25),
             }
             if name == "pneumonia" and "pneumonia_int8_over_own_bf16" in figures:
                 targets["pneumonia_int8_over_own_bf16"] = Target(op=">=", value=1.5)

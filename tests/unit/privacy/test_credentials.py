@@ -5,6 +5,7 @@ import ssl
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from medray.errors import FederationError
 from medray.privacy.credentials import Identity, issue_node, issue_server, new_authority, node_of
@@ -49,4 +50,9 @@ def test_python_takes_the_servers_certificate(authority: Identity, tmp_path: Pat
     for name, content in (("ca.crt", authority.certificate), ("s.crt", server.certificate), ("s.key", server.key)):
         (tmp_path / name).write_bytes(content)
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
-    context.load_cert_chain(str(tmp_path / "s.crt"), str(tmp_path / "s.key"))
+    context.load_cert_chain(str(tmp_path / "s.crt"), str(tmp_path / "s.key"))  # raises where key and certificate differ
+    names = x509.load_pem_x509_certificate(server.certificate).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert names.value.get_values_for_type(x509.DNSName) == ["fed.example.org"]
+    assert [str(address) for address in names.value.get_values_for_type(x509.IPAddress)] == ["10.0.0.1"]
