@@ -206,21 +206,29 @@ def _torch_has_bf16(device: Device) -> bool:
 
 
 def select(
-    bundle: Opened, *, device: Device, precision: Precision | None, threads: int | None, fresh: bool = False
+    bundle: Opened,
+    *,
+    device: Device,
+    precision: Precision | None,
+    threads: int | None,
+    fresh: bool = False,
+    remember: bool = True,
 ) -> Selection:
     """The fastest engine here that agrees with the golden outputs: remembered for this machine, else measured now.
 
     The engines take turns on the golden inputs, so that a busy machine is busy for all of them. What is remembered
     lies in the user's cache, for this very bundle, machine, number of threads and versions of the libraries; ``fresh``
-    measures in any case.
+    measures in any case, and without ``remember`` the cache is left as it is (for a bundle that won't be seen again).
 
     Raises:
         BundleError: no engine agrees.
     """
     path = cache_folder() / "engines" / f"{_key(bundle, device, precision, threads)}.json"
-    found = None if fresh else _remembered(path)
+    found = None if fresh or not remember else _remembered(path)
     if found is None:
         found = _measure(bundle, device, precision, threads)
+        if not remember:
+            return found
         with suppress(OSError):  # a read-only home: measured again next time, and as true
             path.parent.mkdir(parents=True, exist_ok=True)
             with appearing(path) as partial:
@@ -299,7 +307,7 @@ def _key(bundle: Opened, device: Device, precision: str | None, threads: int | N
     facts: dict[str, Any] = {
         "bundle": hashlib.sha256(bundle.spec.model_dump_json().encode()).hexdigest(),
         "asked": [device, precision, threads or usable_cpus(), torch.get_num_threads()],
-        "machine": [platform.node(), platform.machine(), _cpu_model()],
+        "machine": [platform.node(), platform.machine(), cpu_model()],
         "gpu": torch.cuda.get_device_name(0) if device == "cuda" and torch.cuda.is_available() else None,
         "versions": {name: _version(distribution) for name, (_, distribution) in LIBRARIES.items()},
     }
@@ -313,7 +321,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from medray.config.federation import FederationConfig
 from medray.config.privacy import PrivacyConfig
 from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
+from medray.config.selection import SelectConfig
 
 HETEROSCEDASTIC = ("heteroscedastic", "dice_heteroscedastic")
 """Losses that need a log-variance beside each logit (``model.log_variance``)."""
@@ -307,3 +308,4 @@ class StudyConfig(Section):
     workers_per_trial: int = Field(1, ge=1, le=1024, description="processes that train each trial together")
     seed: int = Field(0, ge=0, lt=2**31)
     ensemble: bool = Field(True, description="let an ensemble win where it is better on validation")
+    select: SelectConfig = SelectConfig()

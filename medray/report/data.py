@@ -80,6 +80,61 @@ class StudySummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChoiceRow:
+    """One candidate under the study's limits.
+
+    Attributes:
+        figures: what it came to, by name.
+        kept: of each limit, whether it is kept.
+        merit: points, the expression's value or the distance to the ideal, as text; empty for the metric alone.
+        note: why it is not the champion, where a reason is known; how it was measured.
+    """
+
+    name: str
+    chosen: bool
+    refused: bool
+    figures: dict[str, Interval]
+    kept: dict[str, bool]
+    merit: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """A completed trial, or the champion, in the picture of two objectives."""
+
+    name: str
+    x: float
+    y: float
+    on_front: bool
+    feasible: bool
+    champion: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSummary:
+    """How the champion was chosen, where the metric alone did not decide.
+
+    Attributes:
+        remark: for the headline: limits that are kept or broken.
+        limits: by name.
+        axes: names of the two objectives of the picture; empty without one.
+        hypervolume: seconds of search to the share of the objectives' box that the trials until then dominate.
+    """
+
+    rule: str
+    why: str
+    remark: str
+    measured: tuple[str, ...]
+    limits: dict[str, float]
+    rows: tuple[ChoiceRow, ...]
+    axes: tuple[str, ...] = ()
+    points: tuple[FrontPoint, ...] = ()
+    directions: tuple[Literal["max", "min"], ...] = ()
+    hypervolume: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gain:
     """Champion against trial 0 retrained with the same budget."""
 
@@ -165,3 +220,4 @@ class ReportData:
         metadata={"rows": "training time, peak memory, inference time a case, bundle size…"}
     )
     reproduce: dict[str, str] = field(metadata={"blocks": "title to text: command, experiment.yaml, versions, machine"})
+    selection: SelectionSummary | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medray.report.data import Curve, RobustnessRow
+from medray.report.data import Curve, FrontPoint, RobustnessRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,6 +123,60 @@ def importance(shares: Mapping[str, float]) -> str:
     shape, axes = figure(5.2, 0.5 + 0.32 * len(items))
     axes.barh([plain(name) for name, _ in items], [value for _, value in items], color=ACCENT)
     axes.set_xlabel("share of the objective's variation", fontsize=9)
+    return svg(shape)
+
+
+def trade_off(
+    points: Sequence[FrontPoint], axes_names: Sequence[str], directions: Sequence[str], limits: Mapping[str, float]
+) -> str:
+    """Two objectives of all trials: the front as a line, those that break a limit hollow, the champion as a star.
+
+    Args:
+        points: trials and champion.
+        axes_names: of (y, x).
+        directions: ``max`` or ``min`` of (y, x); only words.
+        limits: by name; one on an axis is drawn.
+    """
+    shape, axes = figure(7.0, 3.8)
+    trials = [point for point in points if not point.champion]
+    for label, chosen, style in (
+        ("trials", [p for p in trials if p.feasible], {"color": QUIET, "marker": "o"}),
+        ("break a limit", [p for p in trials if not p.feasible], {"edgecolors": QUIET, "facecolors": "none"}),
+    ):
+        if chosen:
+            axes.scatter([p.x for p in chosen], [p.y for p in chosen], s=28, label=label, **style)  # type: ignore[arg-type]
+    front = sorted((p for p in trials if p.on_front), key=lambda p: p.x)
+    if front:
+        axes.plot([p.x for p in front], [p.y for p in front], color=ACCENT, marker="o", linewidth=1.5, label="front")
+    for p in front[:12]:
+        axes.annotate(
+            plain(p.name.removeprefix("trial ")), (p.x, p.y), xytext=(4, 4), textcoords="offset points", size=7
+        )
+    for p in points:
+        if p.champion:
+            label = f"champion: {plain(p.name)}"
+            axes.scatter([p.x], [p.y], s=150, marker="*", color=COLOURS[1], zorder=4, label=label)
+    y, x = axes_names
+    if x in limits:
+        axes.axvline(limits[x], color=COLOURS[4], linewidth=1, linestyle="--", label="limit")
+    xs = [p.x for p in points if p.x > 0]
+    if xs and len(xs) == len(points) and max(xs) > 20 * min(xs):
+        axes.set_xscale("log")
+    better = {"max": "more is better", "min": "less is better"}
+    axes.set_xlabel(f"{plain(x)} ({better[directions[1]]})", fontsize=9)
+    axes.set_ylabel(f"{plain(y)} ({better[directions[0]]})", fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    return svg(shape)
+
+
+def hypervolume(steps: Sequence[tuple[float, float]]) -> str:
+    """The share of the objectives' box that the trials dominate, over the seconds of the search."""
+    shape, axes = figure(7.0, 2.4)
+    x, y = zip(*steps, strict=True)
+    axes.step(x, y, where="post", color=ACCENT, linewidth=1.8)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("seconds of search", fontsize=9)
+    axes.set_ylabel("hypervolume", fontsize=9)
     return svg(shape)
 
 

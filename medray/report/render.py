@@ -39,6 +39,7 @@ def environment() -> Any:
     found.filters["interval"] = interval
     found.filters["duration"] = duration
     found.filters["value"] = value
+    found.filters["brief"] = brief
     return found
 
 
@@ -63,6 +64,12 @@ def _plots(data: ReportData) -> dict[str, Any]:
         found["curves"] = plots.learning_curves(data.study.curves, data.study.objective, data.study.direction)
     if data.study.importance:
         found["importance"] = plots.importance(data.study.importance)
+    if data.selection is not None:
+        chosen = data.selection
+        if len(chosen.points) > 1:
+            found["trade_off"] = plots.trade_off(chosen.points, chosen.axes, chosen.directions, chosen.limits)
+        if len(chosen.hypervolume) > 1:
+            found["hypervolume"] = plots.hypervolume(chosen.hypervolume)
     if data.robustness:
         found["robustness"] = plots.robustness(data.robustness, data.gain.metric)
     if data.classification is not None:
@@ -87,6 +94,16 @@ def interval(found: Interval, digits: int = 3) -> str:
     if not math.isfinite(found.low):
         return figure(found.value, digits)
     return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def brief(found: Interval) -> str:
+    """An interval of any size in four digits: ``41.23 (40.1 to 43)``; counts without one."""
+    if not math.isfinite(found.value):
+        return "–"
+    text = f"{found.value:,.0f}" if abs(found.value) >= 10_000 else f"{found.value:.4g}"
+    if not math.isfinite(found.low) or found.low == found.high:
+        return text
+    return f"{text} ({found.low:.4g} to {found.high:.4g})"
 
 
 def duration(seconds: float) -> str:

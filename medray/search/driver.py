@@ -47,6 +47,10 @@ _STATES: dict[TrialState, State] = {
 }
 _FIRST_FAILURES = 3  # that end a study in which nothing has worked yet
 _ERROR_CHARACTERS = 20_000
+CONSTRAINT = "constraints:"
+"""Begins the name of the system attribute in which Optuna keeps one constraint of a trial."""
+_WORST = 1e6  # of a limit's share; Optuna adds them up
+_MORE = 2  # trials that may come for each planned one, where others are refused before they are trained
 _ROUNDING = 0.01  # by which a schedule that is laid by the clock may overshoot its end
 _STEPS = (
     1000  # Optuna's intermediate values stand at thousandths of the schedule, so that trials of all lengths compare
@@ -163,6 +167,8 @@ class StudyDriver:
         self._params: dict[int, dict[str, Any]] = {}
         self._histories: dict[int, list[dict[str, Any]]] = {}
         self._lost_on: dict[int, list[str]] = {}
+        self._constraints: dict[int, dict[str, float]] = {}
+        self._refused = 0
         self._running: set[int] = set()
         self._unfinished: list[int] = []
         self._failures: list[tuple[int, str]] = []
@@ -176,6 +182,8 @@ class StudyDriver:
             self._params[trial.number] = dict(trial.user_attrs.get("params", {}))
             self._histories[trial.number] = list(trial.user_attrs.get("history", []))
             self._lost_on[trial.number] = list(trial.user_attrs.get("losses", []))
+            self._constraints[trial.number] = dict(trial.constraints)
+            self._refused += trial.user_attrs.get("stopped") == "refused" and trial.state == TrialState.PRUNED
             if trial.state == TrialState.RUNNING:
                 self._unfinished.append(trial.number)
             elif trial.state == TrialState.FAIL:
@@ -201,7 +209,8 @@ class StudyDriver:
     @property
     def has_next(self) -> bool:
         """Whether ask() would give a trial."""
-        return self.fatal is None and (bool(self._unfinished) or len(self._ids) < self.config.trials)
+        wanted = self.config.trials + min(self._refused, _MORE * self.config.trials)
+        return self.fatal is None and (bool(self._unfinished) or len(self._ids) < wanted)
 
     @property
     def next_share(self) -> float:
@@ -264,7 +273,16 @@ class StudyDriver:
 
     # Telling ---------------------------------------------------------------------------------------------------------
 
-    def report(self, number: int, step: int, fraction: float, metrics: Mapping[str, float], **more: Any) -> bool:
+    def report(
+        self,
+        number: int,
+        step: int,
+        fraction: float,
+        metrics: Mapping[str, float],
+        *,
+        constraints: Mapping[str, float] | None = None,
+        **more: Any,
+    ) -> bool:
         """Take a report of a running trial.
 
         Args:
@@ -272,6 +290,7 @@ class StudyDriver:
             step: its optimiser steps so far.
             fraction: share of its schedule that is done, 0..1.
             metrics: of this validation.
+            constraints: for :meth:`constrain`, as far as they are known.
             more: kept in the history (epoch, seconds).
 
         Returns:
@@ -281,6 +300,7 @@ class StudyDriver:
         if not 0.0 <= fraction <= 1.0 + _ROUNDING:
             raise StudyError(f"trial {number} reported fraction={fraction!r}; it must lie within 0..1")
         fraction = min(fraction, 1.0)
+        self.constrain(number, constraints or {})
         # A resumed trial goes back to its checkpoint: what it reported beyond that did not happen.
         history = [entry for entry in self._histories[number] if entry["fraction"] < fraction]
         history.append({**more, "step": int(step), "fraction": float(fraction), "metrics": _floats(metrics)})
@@ -298,6 +318,21 @@ class StudyDriver:
         ended = self._ids.keys() - self._running - set(self._unfinished)
         return bool(curves.get(number)) and self._rule(curves, number, ended)
 
+    def constrain(self, number: int, constraints: Mapping[str, float]) -> None:
+        """Keep by what share a running trial breaks each limit (0 or less: kept); samplers and rungs heed it.
+
+        TPE counts a trial that breaks one as worse than all that keep them, by how much it does; NSGA-II dominates by
+        feasibility first; at a rung it stands behind all that keep them.
+        """
+        self._must_run(number)
+        found = {name: value for name, value in constraints.items() if not math.isnan(value)}
+        for name, value in found.items():
+            if self._constraints.setdefault(number, {}).get(name) != value:
+                # Where Trial.set_constraint puts it, which a handle made now can't do without drawing parameters again.
+                key = f"{CONSTRAINT}{name}"
+                self._file.storage.set_trial_system_attr(self._ids[number], key, min(float(value), _WORST))
+                self._constraints[number][name] = value
+
     def lose(self, number: int, host: str) -> None:
         """Keep that a running trial was lost with its process on ``host``, and is run again."""
         self._must_run(number)
@@ -314,7 +349,9 @@ class StudyDriver:
         self._set(number, "metrics", _floats(outcome.metrics))
         self._set(number, "seconds", float(outcome.seconds))
         self._set(number, "extras", dict(outcome.extras))
-        if outcome.stopped in ("deadline", "pruned"):
+        self.constrain(number, outcome.constraints)
+        if outcome.stopped in ("deadline", "pruned", "refused"):
+            self._refused += outcome.stopped == "refused"
             self.prune(number, outcome.stopped)
             return
         bad = {
@@ -362,6 +399,7 @@ class StudyDriver:
             self.fatal = f"the first {len(self._failures)} trials all failed ({numbers}); the last one:\n{error}"
 
     def _end(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> None:
+        self._set(number, "ended", self.spent)
         self._study.tell(number, values, state=state)
         self._running.discard(number)
         self._keep_time(force=True)
@@ -381,14 +419,21 @@ class StudyDriver:
             self._kept = now
 
     def _curves(self) -> dict[int, list[tuple[float, tuple[float, ...]]]]:
-        """All trials' reports as losses, over the objectives that the trials report while they run."""
+        """All trials' reports as losses, over the objectives that the trials report while they run.
+
+        A trial that breaks a limit stands behind all that keep them (Deb's constrained domination).
+        """
         reported = [entry["metrics"] for history in self._histories.values() for entry in history]
         names = [name for name in self.objectives if any(name in metrics for metrics in reported)]
         if not names:
             return {}
         curves: dict[int, list[tuple[float, tuple[float, ...]]]] = {}
         for number, history in self._histories.items():
-            curves[number] = [(entry["fraction"], self._losses(entry["metrics"], names)) for entry in history]
+            behind = any(value > 0 for value in self._constraints.get(number, {}).values())
+            curves[number] = [
+                (entry["fraction"], (math.inf,) * len(names) if behind else self._losses(entry["metrics"], names))
+                for entry in history
+            ]
         return {number: curve for number, curve in curves.items() if curve}
 
     def _losses(self, metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
@@ -427,6 +472,8 @@ class StudyDriver:
             history=history,
             extras=dict(attrs.get("extras", {})),
             losses=tuple(attrs.get("losses", ())),
+            constraints=dict(trial.constraints),
+            ended=attrs.get("ended"),
             error=attrs.get("error") if state == "failed" else None,
             directory=self.trial_directory(trial.number),
         )
@@ -444,8 +491,12 @@ class StudyDriver:
         return next((record for record in self.records() if record.number == 0), None)
 
     def front(self) -> list[TrialRecord]:
-        """Completed trials that no other dominates, best first; with one objective, the best alone."""
+        """Completed trials that no other dominates, best first; with one objective, the best alone.
+
+        Of those that keep every limit, where any does.
+        """
         completed = [record for record in self.records() if record.values is not None]
+        completed = [record for record in completed if record.feasible] or completed
         if not completed:
             return []
         points = self._points(completed)
@@ -468,13 +519,17 @@ class StudyDriver:
     def table(self) -> list[TrialRecord]:
         """The leaderboard: completed trials best first, then pruned, running, failed.
 
-        Completed ones are ordered by front, then by the first objective; pruned ones by how far they came.
+        Completed ones are ordered by whether they keep the limits, by front, then by the first objective; pruned ones
+        by how far they came.
         """
         records = self.records()
         completed = [record for record in records if record.values is not None]
         points = self._points(completed)
         ranks = pareto.non_dominated_rank(points)
-        order = {record.number: (int(ranks[i]), *points[i].tolist()) for i, record in enumerate(completed)}
+        order = {
+            record.number: (not record.feasible, int(ranks[i]), *points[i].tolist())
+            for i, record in enumerate(completed)
+        }
         last = {"completed": 0, "pruned": 1, "running": 2, "failed": 3}
 
         def key(record: TrialRecord) -> tuple[Any, ...]:

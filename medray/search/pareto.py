@@ -43,11 +43,33 @@ def front(points: Floats) -> list[int]:
 def knee(points: Floats) -> int:
     """Index of the front's point that lies nearest to the ideal one, each loss scaled to 0..1 over the front."""
     members = front(points)
-    scaled = points[members]
-    finite = np.where(np.isfinite(scaled), scaled, np.nan)
-    low, high = np.nanmin(finite, axis=0), np.nanmax(finite, axis=0)
-    scaled = (scaled - low) / np.where(high > low, high - low, 1.0)
-    return members[int(np.argmin(np.linalg.norm(scaled, axis=1)))]
+    return members[int(np.argmin(distances(points[members], points[members])))]
+
+
+def distances(points: Floats, reference: Floats) -> Floats:
+    """Of (N, M) points to the ideal one, shape (N,); each loss is scaled to 0..1 over the front of ``reference``."""
+    over = reference[front(reference)]
+    finite = np.where(np.isfinite(over), over, np.nan)
+    low, high = (np.nan_to_num(edge(finite, axis=0)) for edge in (np.nanmin, np.nanmax))
+    scaled = (points - low) / np.where(high > low, high - low, 1.0)
+    return np.asarray(np.linalg.norm(scaled, axis=1))
+
+
+def normalised_hypervolume(points: Floats) -> Floats:
+    """What the first 1..N of (N, M) points dominate, shape (N,): a share of the box that all of them span.
+
+    Each loss is scaled to 0..1 over all points, and the box reaches a tenth beyond the worst of each, so that the ends
+    of the front count. Points with a loss that is not finite add nothing.
+    """
+    finite = points[np.isfinite(points).all(axis=1)]
+    if not len(finite):
+        return np.zeros(len(points))
+    low, high = finite.min(axis=0), finite.max(axis=0)
+    scaled = (points - low) / np.where(high > low, high - low, 1.0)
+    scaled = np.where(np.isfinite(scaled), scaled, np.inf)
+    reference = [1.1] * points.shape[1]
+    whole = 1.1 ** points.shape[1]
+    return np.asarray([hypervolume(scaled[: count + 1], reference) / whole for count in range(len(points))])
 
 
 def hypervolume(points: Floats, reference: Sequence[float]) -> float:

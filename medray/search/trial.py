@@ -24,6 +24,8 @@ class TrialReport(TypedDict, total=False):
     epoch: int
     seconds: float
     """Seconds of training so far."""
+    constraints: dict[str, float]
+    """Limit → by what share of it the trial breaks it; 0 or less where it is kept."""
 
 
 Report = Callable[[TrialReport], bool]
@@ -62,13 +64,16 @@ class TrialOutcome:
     Args:
         metrics: of the best validation; must hold each objective as a finite number.
         seconds: wall clock of the trial.
-        stopped: ``deadline`` marks values of an unfinished schedule: the study counts such a trial as pruned.
+        stopped: ``deadline`` marks values of an unfinished schedule: the study counts such a trial as pruned, and one
+            that was ``refused`` (it breaks a limit, so it was not trained) too.
+        constraints: limit → by what share of it the trial breaks it; 0 or less where it is kept.
         extras: anything else worth keeping in the study, as JSON allows it (peak memory, step seconds, parameters).
     """
 
     metrics: Mapping[str, float]
     seconds: float = 0.0
-    stopped: Literal["finished", "early", "pruned", "deadline"] = "finished"
+    stopped: Literal["finished", "early", "pruned", "deadline", "refused"] = "finished"
+    constraints: Mapping[str, float] = field(default_factory=dict)
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -95,8 +100,17 @@ class TrialRecord:
     extras: Mapping[str, Any]
     error: str | None
     directory: Path
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    """Limit → by what share of it the trial breaks it; 0 or less where it is kept. Empty where none is set."""
+    ended: float | None = None
+    """Seconds that the study had been open when the trial ended."""
     losses: tuple[str, ...] = ()
     """The machines with which the trial's process was lost; it was run again after each."""
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps every limit, as far as that is known."""
+        return all(value <= 0 for value in self.constraints.values())
 
 
 @dataclass(frozen=True, kw_only=True)

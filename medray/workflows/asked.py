@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from medray.config.compose import compose
+from medray.config.compose import compose, merge
 from medray.config.schema import Experiment, StudyConfig
+from medray.config.selection import SelectConfig
 from medray.errors import ConfigError, StudyError
 from medray.search.space import Space
 from medray.workflows.storage import RunStore, place_of
@@ -110,12 +111,20 @@ def resumed(directory: Path, overrides: Sequence[str]) -> tuple[Path, Asked]:
     if not overrides:
         return directory, asked
     composed = compose(None, overrides)
-    changed = {name: getattr(composed.study, name) for name in composed.study.model_fields_set}
-    if composed.explicit or composed.space or set(changed) - {"trials", "budget"}:
+    changed: dict[str, Any] = {name: getattr(composed.study, name) for name in composed.study.model_fields_set}
+    if composed.explicit or composed.space or set(changed) - {"trials", "budget", "select"}:
         raise ConfigError(
-            "a resumed study may change study.trials and study.budget, nothing else: trials would not be comparable. "
-            "Begin a new study for other settings"
+            "a resumed study may change study.trials, study.budget and study.select, nothing else: trials would not be "
+            "comparable. Begin a new study for other settings"
         )
+    if "select" in changed:
+        tree = merge(
+            asked.study.select.model_dump(exclude_unset=True), composed.study.select.model_dump(exclude_unset=True)
+        )
+        try:
+            changed["select"] = SelectConfig.model_validate(tree)
+        except ValueError as error:
+            raise ConfigError(f"study.select does not fit what the study was begun with: {error}") from None
     asked = Asked(
         source=asked.source,
         explicit=asked.explicit,

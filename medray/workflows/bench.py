@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from medray.bundle.engines import ONNX_NAME, Device, RuntimeName, Selection, candidates, torch_threads
 from medray.bundle.read import Bundle
@@ -24,6 +24,7 @@ from medray.data.writers import nifti
 from medray.errors import ConfigError, MedrayError
 from medray.predict.onnx_runtime import usable_cpus
 from medray.predict.predictor import Predictor
+from medray.train.memory import peak_mb
 
 SPLIT = ("decode", "prepare", "network", "finish")
 LEAST = 3
@@ -187,7 +188,7 @@ def _alone(asked: _Asked) -> EngineFigures:
 
 def _child(asked: _Asked, pipe: Connection) -> None:
     found = _measure(asked)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mb(torch.device("cpu"))  # getrusage would tell the parent's peak where that is the larger one
     pipe.send(EngineFigures(**{**found.__dict__, "peak_mb": peak}))
 
 

@@ -34,6 +34,7 @@ from medray.report.data import (
     TrialRow,
 )
 from medray.report.render import write_report
+from medray.search.selection import Chooser
 from medray.search.trial import TrialRecord
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
@@ -43,6 +44,8 @@ from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
+from medray.workflows.selecting import Quiet, crown
+from medray.workflows.selection_results import plain, selection_summary
 from medray.workflows.training import Trained
 
 
@@ -66,6 +69,8 @@ class Conclusion:
     importance: Mapping[str, float]
     sampler: str
     clock: Clock
+    chooser: Chooser
+    quiet: Quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +79,14 @@ class Concluded:
 
     Attributes:
         metrics: of the champion, on the cases that ``gain`` names: value and 95 % limits.
+        selection: of a study with limits, another rule than the metric alone, or several objectives: how it was chosen.
     """
 
     champion: str
     headline: str
     gain: Gain
     metrics: dict[str, tuple[float, float, float]]
+    selection: Mapping[str, Any] | None = None
 
     def save(self, path: Path, *, seconds: float) -> None:
         """``result.json``, for programs: null where there is no figure. Its presence says that the study has ended."""
@@ -93,6 +100,7 @@ class Concluded:
             "difference": _numbers(astuple(self.gain.difference)),
             "metrics": {name: _numbers(figures) for name, figures in self.metrics.items()},
             "seconds": seconds,
+            **({} if self.selection is None else {"selection": self.selection}),
         }
         partial = path.with_name(path.name + ".part")
         partial.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
@@ -110,7 +118,12 @@ def conclude(asked: Conclusion) -> Concluded:
     splits = recipe.splits(asked.finalists[0][1].experiment)
     candidates = choosing.candidates_of(recipe, asked.finalists, ensemble=asked.study.ensemble)
     on_validation = choosing.score(recipe, candidates, splits.val, metric=metric)
-    winner = choosing.choose(on_validation, candidates[0].name, direction)
+    crowning = None
+    if asked.chooser.is_plain:
+        winner = choosing.choose(on_validation, candidates[0].name, direction)
+    else:
+        crowning = crown(candidates, on_validation, asked.chooser, asked.objective[0], asked.records, asked.quiet)
+        winner = crowning.winner
     champion = next(candidate for candidate in candidates if candidate.name == winner)
     default = candidates[0]
     temperature = choosing.temperature_of(on_validation[winner])
@@ -128,7 +141,11 @@ def conclude(asked: Conclusion) -> Concluded:
     gain = _gain(metric, best, base, measured_on="test" if splits.test else "validation")
     metrics = best.intervals()
     headline = _headline(champion.name, metric, gain, rivals=len(candidates) > 1 or len(asked.records) > 1)
-    bundle_seconds = _write_bundle(asked, champion, temperature, on_validation[winner], metrics)
+    summary = None if crowning is None else selection_summary(crowning, asked.chooser, asked.objective, asked.records)
+    if summary is not None:
+        headline += summary.remark
+    notes = () if summary is None else (summary.why,)
+    bundle_seconds = _write_bundle(asked, champion, temperature, on_validation[winner], metrics, notes)
     robustness = _robustness(asked, champion, splits.test or splits.val, metric, case_seconds)
     classification = segmentation = None
     if best.kind == "segmentation":
@@ -150,6 +167,7 @@ def conclude(asked: Conclusion) -> Concluded:
         segmentation=segmentation,
         resources=_resources(asked, champion, case_seconds, bundle_seconds),
         reproduce=_reproduce(asked),
+        selection=summary,
     )
     write_report(data, directory / "report.html")
     return Concluded(
@@ -157,6 +175,7 @@ def conclude(asked: Conclusion) -> Concluded:
         headline=headline,
         gain=gain,
         metrics={name: (found.value, found.low, found.high) for name, found in metrics.items()},
+        selection=None if crowning is None else plain(crowning, asked.chooser),
     )
 
 
@@ -193,6 +212,7 @@ def _write_bundle(
     temperature: float,
     validation: Scores,
     metrics: Mapping[str, Estimate],
+    notes: Sequence[str],
 ) -> float:
     return write_champion(
         asked.directory / "bundle",
@@ -202,7 +222,7 @@ def _write_bundle(
         name=asked.study.name,
         temperature=temperature,
         metrics=metrics,
-        notes=[f"Trained by: {asked.command}", f"Champion: {champion.name}"],
+        notes=[f"Trained by: {asked.command}", f"Champion: {champion.name}", *notes],
     )
 
 
@@ -283,6 +303,8 @@ def _study_summary(
 
 def _trial_row(record: TrialRecord) -> TrialRow:
     notes = ["the plan's default"] if record.is_default else []
+    if record.stopped == "refused":
+        notes.append(f"not trained: breaks {', '.join(record.extras.get('refused', ()))}")
     if record.error:
         notes = [record.error.strip().splitlines()[-1][:300]]
     notes += [f"lost on {host}, run again" for host in record.losses]

@@ -32,6 +32,7 @@ from medray.plan.machine import Machine
 from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
+from medray.search.selection import MEASURED
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows.asked import Asked, new, resumed
@@ -45,6 +46,7 @@ from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import describe, prepare_directory
 from medray.workflows.probe import time_step
 from medray.workflows.recipe import FIXED, Recipe
+from medray.workflows.selecting import Quiet, make_chooser, pick_trial
 from medray.workflows.sitting import sitting
 from medray.workflows.storage import bring, is_address, place_of
 from medray.workflows.training import Trained, load_trained, open_store
@@ -187,6 +189,8 @@ class _Study:
                     importance=importance,
                     sampler=sampler,
                     clock=self.clock,
+                    chooser=self.chooser,
+                    quiet=self.quiet,
                 )
             )
 
@@ -228,6 +232,8 @@ class _Study:
                 ((name, way) for name, way in self.objectives.items() if name.startswith("val/")), OBJECTIVE[kind]
             )
             self._sitting.measures(*self.objective)
+            self.chooser = make_chooser(study, self.objectives, self.objective, self._metrics(kind))
+            self.quiet = Quiet(recipe=self.recipe, budget=study.budget, tell=lambda text: self._tell("note", text))
             self.space = Space.parse(self.asked.space)
             for key in self.asked.space:
                 if key.split(".")[0] in FIXED:
@@ -245,7 +251,7 @@ class _Study:
 
     def _objectives(self, kind: TaskKind) -> dict[str, Direction]:
         asked = dict(self.asked.study.objectives) or dict([OBJECTIVE[kind]])
-        known = ["val/dice"] if kind == "segmentation" else [f"val/{name}" for name in CLASSIFICATION_METRICS]
+        known = self._metrics(kind)
         for name in asked:
             if name not in known and name not in COSTS:
                 raise ConfigError(
@@ -254,6 +260,10 @@ class _Study:
         if not any(name in known for name in asked):
             raise ConfigError(f"study.objectives: name at least one of {', '.join(known)}; costs alone choose no model")
         return asked
+
+    @staticmethod
+    def _metrics(kind: TaskKind) -> list[str]:
+        return ["val/dice"] if kind == "segmentation" else [f"val/{name}" for name in CLASSIFICATION_METRICS]
 
     def _search(self, concurrency: int, cpus: int, gpus: float) -> tuple[list[TrialRecord], Mapping[str, float], str]:
         study = self.asked.study
@@ -272,7 +282,6 @@ class _Study:
                     "stage",
                     f"searching for {plan.search:.0f} s: trials of {plan.trial:.0f} s, {concurrency} at once",
                 )
-                costs = tuple(name for name in self.objectives if name in COSTS)
                 run_trials(
                     driver,
                     run_trial,
@@ -283,7 +292,12 @@ class _Study:
                     in_group=self.workers > 1,
                     trial_seconds=plan.trial,
                     deadline=time.time() + plan.search,
-                    payload=TrialPayload(recipe=self.recipe, objective=self.objective, costs=costs),
+                    payload=TrialPayload(
+                        recipe=self.recipe,
+                        objective=self.objective,
+                        objectives=tuple(self.objectives),
+                        chooser=self.chooser.for_search(),
+                    ),
                     on_event=self._on_trial,
                 )
             elif telling and plan.trials == 0 and not driver.records():
@@ -328,7 +342,7 @@ class _Study:
 
     def _final(self, records: Sequence[TrialRecord], session: RaySession) -> list[tuple[str, Trained]]:
         """Train trial 0's experiment, and the best trial's where that is another, with what remains: each as long."""
-        best = self._best_record(records)
+        best = self._best_record(records) if self.chooser.is_plain else self._pick(records)
         plans: list[tuple[str, Mapping[str, Any]]] = [("default", {})]
         if best is not None and not best.is_default:
             plans.append((f"trial-{best.number}", best.params))
@@ -370,7 +384,9 @@ class _Study:
         """
         metric, direction = self.objective
         sign = 1.0 if direction == "max" else -1.0
-        lead, trained = max(found, key=lambda pair: sign * pair[1].fit.best.get(metric, -sign * math.inf))
+        # The last is the one that the rule picked; a default beside it may break a limit.
+        leads = found if self.chooser.is_plain else found[-1:]
+        lead, trained = max(leads, key=lambda pair: sign * pair[1].fit.best.get(metric, -sign * math.inf))
         params = dict(plans)[lead]
         twins: list[tuple[str, Trained]] = []
         for number in range(1, MEMBERS - len(found) + 1):
@@ -415,6 +431,18 @@ class _Study:
             while_waiting=lambda: self.clock.save(every=2.0),
         )
 
+    def _pick(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
+        """The trial that the study's rule puts first, looked at again now that no other trial runs."""
+        with self.clock.stage("measuring"):
+            if not self.chooser.needs.isdisjoint(MEASURED):
+                self._tell("stage", "measuring what the best trials cost to run, now that nothing else runs")
+            best, keeps = pick_trial(records, self.chooser, self.objective[0], self.quiet)
+        if best is None and any(record.values is not None for record in records):
+            self._tell("note", "no trial keeps the limits of study.select: the default is fitted alone")
+        elif best is not None and not keeps:
+            self._tell("note", f"no trial keeps the limits of study.select; trial {best.number} breaks them least")
+        return best
+
     def _as_searched(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> list[tuple[str, Trained]]:
         found: list[tuple[str, Trained]] = []
         for record in (records[0] if records else None, best):
@@ -440,6 +468,9 @@ class _Study:
             self._case_seconds = time_case(self.recipe, splits.val, metric)
             self._cases = len(splits.val) + len(splits.test)
         scoring = 1.15 * self._case_seconds * self._cases * networks
+        if not self.chooser.needs.isdisjoint(MEASURED):
+            # The winner, and an ensemble or a network that the search did not see.
+            scoring += 2 * self.quiet.expected
         return 12.0 + 5.0 * networks + scoring + robustness_seconds(self.asked.study.budget)
 
     # Resources and events --------------------------------------------------------------------------------------------

@@ -8,31 +8,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medray import logs
+from medray.config.schema import Experiment
+from medray.config.selection import SelectConfig
+from medray.search.selection import MEASURED, Chooser
 from medray.search.trial import Report, TrialOutcome, TrialTask
-from medray.train.precision import resolve_device
 from medray.train.progress import Progress
-from medray.workflows.judging import Direction, predictor_of
+from medray.workflows.champion import Candidate
+from medray.workflows.costs import Costs, costs_of, untrained
+from medray.workflows.judging import Direction
 from medray.workflows.recipe import Recipe
-from medray.workflows.training import Trained, open_store, train_model
+from medray.workflows.training import train_model
 
-COSTS = ("latency_ms", "parameters", "peak_memory_mb", "seconds")
-"""Objectives that every task has besides its own ``val/`` metrics."""
+COSTS = (*MEASURED, "parameters", "peak_memory_mb", "seconds")
+"""Objectives that every task has besides its own ``val/`` metrics: what the model costs to run, what training took."""
+FOLDER = "costs"
+"""Of a study: what its architectures cost, as measured."""
+
+
+_PLAIN = Chooser(select=SelectConfig())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialPayload:
-    """What every trial of a study is handed."""
+    """What every trial of a study is handed.
+
+    Attributes:
+        objectives: of the study, by name; those among them that are known beforehand stand in each report.
+        chooser: whose limits a trial is held to.
+    """
 
     recipe: Recipe
     objective: tuple[str, Direction]
-    costs: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
+    chooser: Chooser = _PLAIN
 
 
 def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
     """Train one trial in its folder; where it was interrupted there, go on.
+
+    What it costs to run is measured first, where somebody asked: one that surely breaks a limit isn't trained.
 
     Args:
         task: number, parameters, folder and seconds; its payload is a :class:`TrialPayload`.
@@ -41,54 +56,77 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
     payload: TrialPayload = task.payload
     params = {} if task.is_default else task.params
     experiment = payload.recipe.experiment(params, budget=task.seconds)
+    costs, figures = _costs_before(payload, experiment)
+    constraints = payload.chooser.constraints(figures)
+    if not task.is_default and payload.chooser.select.refuses:  # without the default no gain could be stated
+        limits = payload.chooser.select.limits.given
+        broken = costs.surely_breaks(limits) if costs else {n for n, v in constraints.items() if v > 0}
+        if broken:
+            extras = {"refused": sorted(broken), **_extras(costs)}
+            return TrialOutcome(metrics=figures, stopped="refused", constraints=constraints, extras=extras)
+    known = {name: figures[name] for name in payload.objectives if name in figures}
+    if task.seconds is not None and task.deadline is not None and time.time() + task.seconds > task.deadline:
+        # Measuring took a part of its time; the schedule has to end with the search.
+        experiment = payload.recipe.experiment(params, budget=max(1.0, task.deadline - time.time()))
 
     def on_validation(progress: Progress) -> bool:
         return report(
             {
                 "fraction": progress.fraction,
-                "metrics": dict(progress.metrics),
+                "metrics": {**progress.metrics, **known},
                 "step": progress.step,
                 "epoch": progress.epoch,
                 "seconds": progress.seconds,
+                "constraints": constraints,
             }
         )
 
     # The schedule is made to end in time; the deadline is for what nobody foresaw.
     now = time.monotonic()
-    limits = [now + 1.25 * task.seconds + 10] if task.seconds else []
+    limit = [now + 1.25 * task.seconds + 10] if task.seconds else []
     if task.deadline is not None:
-        limits.append(now + task.deadline - time.time())
+        limit.append(now + task.deadline - time.time())
     trained = train_model(
         payload.recipe,
         experiment,
         Path(task.directory),
         objective=payload.objective,
         on_validation=on_validation,
-        deadline=min(limits, default=None),
+        deadline=min(limit, default=None),
     )
-    metrics = dict(trained.fit.best)
+    if costs is not None and costs.fallen is not None and trained.fit.stopped in ("finished", "early"):
+        # With random weights some engine did not agree with the golden outputs; with these it may.
+        folder = Path(payload.recipe.directory) / FOLDER
+        costs = costs_of(payload.recipe, Candidate(name="trained", members=(trained,)), folder)
+        figures = costs.values
+    metrics = dict(trained.fit.best) | figures
     metrics["seconds"] = trained.fit.seconds
     metrics["peak_memory_mb"] = trained.fit.peak_memory_mb
     metrics["parameters"] = float(sum(p.numel() for p in trained.model.parameters()))
-    if "latency_ms" in payload.costs:
-        metrics["latency_ms"] = latency_ms(payload.recipe, trained)
-    return TrialOutcome(metrics=metrics, seconds=trained.fit.seconds, stopped=trained.fit.stopped)
+    return TrialOutcome(
+        metrics=metrics,
+        seconds=trained.fit.seconds,
+        stopped=trained.fit.stopped,
+        constraints=payload.chooser.constraints(metrics),
+        extras=_extras(costs),
+    )
 
 
-def latency_ms(recipe: Recipe, trained: Trained, *, repeats: int = 7) -> float:
-    """Median milliseconds of one forward pass of one patch, batch 1, after a warm-up, on this machine."""
-    store = open_store(recipe, trained.experiment)
-    image = np.asarray(store.image(0), dtype=np.float32)
-    patch = trained.experiment.train.patch_size or image.shape[1:]
-    batch = np.zeros((1, image.shape[0], *patch), dtype=np.float32)
-    predictor = predictor_of(trained.model, trained.experiment, resolve_device(trained.experiment.device))
-    predictor(batch)
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        predictor(batch)
-        times.append(time.perf_counter() - begun)
-    return float(np.median(times) * 1000)
+def _costs_before(payload: TrialPayload, experiment: Experiment) -> tuple[Costs | None, dict[str, float]]:
+    """What is known of a trial before it is trained, as far as objectives, limits or the rule ask for it."""
+    needs = payload.chooser.needs
+    if needs & set(MEASURED):
+        folder = Path(payload.recipe.directory) / FOLDER
+        costs = costs_of(payload.recipe, untrained(payload.recipe, experiment), folder, trained=False)
+        return costs, costs.values
+    if "parameters" in needs:
+        model = untrained(payload.recipe, experiment).lead.model
+        return None, {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    return None, {}
+
+
+def _extras(costs: Costs | None) -> dict[str, Any]:
+    return {} if costs is None else {"measured": costs.shown, "others": costs.others}
 
 
 @dataclass(frozen=True, kw_only=True)

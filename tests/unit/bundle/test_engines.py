@@ -98,7 +98,7 @@ def test_another_machine_or_number_of_threads_measures_for_itself(staged, cache,
     bundle = staged(**plans)
     bundle.select(threads=1)
     bundle.select(threads=2)
-    monkeypatch.setattr(engines, "_cpu_model", lambda: "another")
+    monkeypatch.setattr(engines, "cpu_model", lambda: "another")
     staged(**plans).select(threads=1)
     assert len(list((cache / "engines").iterdir())) == 3
 
