@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medray.config.selection import SelectConfig
+from medray.config.selection import LimitsConfig, SelectConfig
 from medray.learn.intervals import Interval
 from medray.search import pareto
 from medray.search.trial import Direction
@@ -139,6 +139,10 @@ class Chooser:
         limits = {name: limit for name, limit in self.select.limits.given.items() if name != ACCURACY}
         return {name: (values[name] - limit) / limit for name, limit in limits.items() if name in values}
 
+    def without_limits(self) -> Chooser:
+        """The same rule without any limit."""
+        return Chooser(select=self.select.model_copy(update={"limits": LimitsConfig()}), objectives=self.objectives)
+
     def for_search(self) -> Chooser:
         """The same without the limit on accuracy, for trials."""
         limits = self.select.limits.model_copy(update={ACCURACY: None})
@@ -231,12 +235,13 @@ def exact(value: float) -> Interval:
 
 def explain(chooser: Chooser, ranked: Sequence[Ranked], metric: str) -> str:
     """Why the first of the ranked is the champion, in a sentence or two."""
-    first, refused = ranked[0], [found for found in ranked if found.refused]
+    first = ranked[0]
+    refused = [found for found in ranked if found.refused and all(math.isfinite(v.excess) for v in found.verdicts)]
     limits = chooser.select.limits.given
     among = "of the candidates"
     if limits:
         kept = sum(1 for found in ranked if not found.broken)
-        among = f"of the {kept} of {len(ranked)} candidates that keep every limit"
+        among = f"of the candidates that are known to keep every limit ({kept} of {len(ranked)})"
     merit = math.nan if first.merit is None else first.merit
     reasons = {
         "best": f"it has the best {metric} {among}",

@@ -44,7 +44,7 @@ SECONDS = 1.5
 """Of timed calls in each process."""
 BLOCKS = 5
 """Stretches of calls in a process: an interval is of these, since what disturbs a machine lasts longer than a call."""
-QUIET = 3
+QUIET = 2
 """Processes of the last look."""
 PATIENCE = 120.0
 """Seconds after which a process that has not answered is given up."""

@@ -28,6 +28,8 @@ from medray.workflows.trial import COSTS, FOLDER
 
 SHARE = 0.1
 """Of a study's budget that quiet looks may take, once one model is known to keep the limits."""
+UNDISTURBED = 0.1
+"""Share of the CPU that other programs may take while something is measured."""
 ONE_LOOK = 20.0
 """Seconds that a quiet look takes where none has been taken yet."""
 Tell = Callable[[str], None]
@@ -152,9 +154,9 @@ def pick_trial(
         number = int(first.option.name)
         if first.refused:
             return None, False
-        if not measured or number in looked or (kept_one and not quiet.has_time):
-            return completed[number], not first.broken
         record = completed[number]
+        if not measured or number in looked or _is_clear(record, rule) or (kept_one and not quiet.has_time):
+            return record, not first.broken
         trained = load_trained(quiet.recipe, Path(record.directory))
         params = {} if record.is_default else record.params
         candidate = (
@@ -169,10 +171,16 @@ def pick_trial(
     return None, False
 
 
+def _is_clear(record: TrialRecord, rule: Chooser) -> bool:
+    """Whether a trial was measured undisturbed, and keeps each limit with a tenth to spare."""
+    undisturbed = float(record.extras.get("others", 1.0)) <= UNDISTURBED
+    return undisturbed and all(excess < -0.1 for excess in rule.constraints(record.metrics).values())
+
+
 def _hopeful(record: TrialRecord) -> dict[str, Interval]:
     """Latencies of a trial as they may turn out when nobody else takes the CPU."""
     others = float(record.extras.get("others", 0.0))
-    names = [name for name in ("latency_ms", "latency_p95_ms") if name in record.metrics and others > 0.05]
+    names = [name for name in ("latency_ms", "latency_p95_ms") if name in record.metrics and others > UNDISTURBED]
     return {name: exact(record.metrics[name] * (1.0 - others)) for name in names}
 
 
@@ -220,8 +228,8 @@ def crown(
     completed = [figures_of(record, objective) for record in records if record.values is not None]
     measured = bool(chooser.needs & set(MEASURED))
 
-    def rank() -> list[Ranked]:
-        options = [
+    def options() -> list[Option]:
+        return [
             Option(
                 name=name,
                 figures=figures | (costs[name].figures if name in costs else {}),
@@ -229,7 +237,9 @@ def crown(
             )
             for name, figures in fixed.items()
         ]
-        return chooser.rank(options, reference=completed)
+
+    def rank() -> list[Ranked]:
+        return chooser.rank(options(), reference=completed)
 
     def look(name: str, *, afresh: bool) -> None:
         try:
@@ -238,7 +248,15 @@ def crown(
             costs.pop(name, None)
             reasons[name] = str(error)
 
-    if measured:
+    if measured and chooser.rule == "best":  # of those that keep the limits the best is wanted: the others cost nothing
+        order = [found.option.name for found in chooser.without_limits().rank(options())]
+        for name in order:
+            if any(not found.broken for found in rank()):
+                reasons[name] = "not measured: a better one keeps every limit"
+                continue
+            look(name, afresh=True)
+        measured = False
+    elif measured:
         for candidate in sorted(candidates, key=lambda c: len(c.members)):
             if len(candidate.members) == 1 or quiet.has_time or rank()[0].refused:
                 look(candidate.name, afresh=False)

@@ -434,7 +434,7 @@ class _Study:
     def _pick(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
         """The trial that the study's rule puts first, looked at again now that no other trial runs."""
         with self.clock.stage("measuring"):
-            if not self.chooser.needs.isdisjoint(MEASURED):
+            if records and not self.chooser.needs.isdisjoint(MEASURED):
                 self._tell("stage", "measuring what the best trials cost to run, now that nothing else runs")
             best, keeps = pick_trial(records, self.chooser, self.objective[0], self.quiet)
         if best is None and any(record.values is not None for record in records):

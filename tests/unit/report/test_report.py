@@ -12,9 +12,11 @@ import pytest
 from medray.report import plots
 from medray.report.data import (
     CandidateRow,
+    ChoiceRow,
     ClassificationResults,
     Curve,
     DataSummary,
+    FrontPoint,
     Gain,
     Interval,
     Picture,
@@ -22,6 +24,7 @@ from medray.report.data import (
     RobustnessRow,
     SegmentationCase,
     SegmentationResults,
+    SelectionSummary,
     SiteRow,
     StudySummary,
     TrialRow,
@@ -120,6 +123,29 @@ def classifier(task="classification", classes=("normal", "nodule"), **changes):
     )  # fmt: skip
 
 
+def selection(word="trial-2", **changes):
+    figures = {
+        "accuracy": Interval(value=0.9, low=0.85, high=0.92),
+        "latency_ms": Interval(value=41.23, low=40.1, high=43),
+    }
+    fields = {
+        "rule": "pareto", "why": f"{word}: it lies nearest to the ideal point", "remark": "; keeps latency_ms (50)",
+        "measured": (f"openvino bf16 on {word}",), "limits": {"latency_ms": 50.0},
+        "rows": (
+            ChoiceRow(name=word, chosen=True, refused=False, figures=figures, kept={"latency_ms": True}, merit="0.2",
+                      note=""),
+            ChoiceRow(name="average of 2", chosen=False, refused=True, figures={"accuracy": Interval(value=0.95)},
+                      kept={"latency_ms": False}, merit="", note=f"not measured: {word}"),
+        ),
+        "axes": ("val/dice", "latency_ms"), "directions": ("max", "min"),
+        "points": (FrontPoint(name="trial 0", x=90.0, y=0.95, on_front=False, feasible=False),
+                   FrontPoint(name="trial 1", x=3.0, y=0.7, on_front=True, feasible=True),
+                   FrontPoint(name=word, x=41.2, y=0.9, on_front=False, feasible=True, champion=True)),
+        "hypervolume": ((3.0, 0.1), (9.0, 0.4)),
+    }  # fmt: skip
+    return SelectionSummary(**(fields | changes))
+
+
 class Page(HTMLParser):
     """Reads a page strictly: every element that opens closes, in order; keeps text and references."""
 
@@ -189,6 +215,15 @@ def test_several_labels_have_no_confusion_matrix():
     assert several == one - 1
 
 
+def test_the_choice_is_shown_with_each_limit_kept_or_broken():
+    without, text = render(report()), render(report(selection=selection()))
+    seen = Page(text).words
+    for words in ("Why this champion", "nearest to the ideal point", "latency_ms (limit 50)", "41.23 (40.1 to 43) kept",
+                  "broken", "refused not measured", "openvino bf16 on trial-2"):  # fmt: skip
+        assert words in seen
+    assert text.count("<svg") == without.count("<svg") + 2 and "Why this champion" not in without
+
+
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>--><b>&amp; $x_{ $ %s {{ 7*7 }}"
 
 
@@ -215,6 +250,7 @@ def test_hostile_names_are_shown_and_do_nothing(name):
             ),
             candidates=(CandidateRow(name=HOSTILE, validation=Interval(value=0.5), chosen=True),),
         ),
+        selection=selection(HOSTILE, rule=HOSTILE, axes=(HOSTILE, HOSTILE), limits={HOSTILE: 1.0}),
         gain=replace(base.gain, metric=HOSTILE), metrics={HOSTILE: Interval(value=0.5)},
         sites=(SiteRow(site=HOSTILE, cases=1, score=Interval(value=0.5)),),
         robustness=(RobustnessRow(corruption=HOSTILE, severity=2, score=Interval(value=0.5)),),

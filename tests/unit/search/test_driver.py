@@ -253,6 +253,118 @@ def test_a_pruned_trial_is_pruned_to_optuna_with_its_values(tmp_path: Path) -> N
         )
 
 
+def test_an_asha_study_is_stored_with_pruned_trials_and_their_values(tmp_path: Path) -> None:
+    with study(tmp_path, pruner="asha", trials=20) as driver:
+        run(driver)
+    stored = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+    pruned = [trial for trial in stored if trial.state == optuna.trial.TrialState.PRUNED]
+    ended = [trial for trial in stored if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert len(pruned) + len(ended) == 20 and len(pruned) > 8
+    for trial in pruned:
+        assert list(trial.intermediate_values) in ([111], [111, 333]), "cut off at a rung"
+        assert trial.intermediate_values[111] == pytest.approx(score(trial.params) - 8 / 9)
+    assert all(list(trial.intermediate_values) == [111, 333, 1000] for trial in ended)
+    assert all(trial.value == pytest.approx(score(trial.params)) for trial in ended)
+
+
+# Limits -------------------------------------------------------------------------------------------------------------
+
+
+def slow(params: Mapping[str, Any]) -> float:
+    """By what share of it a trial breaks a limit: two thirds of the space do, and the best values lie there."""
+    return params["optim.lr"] / 5e-4 - 1.0
+
+
+def finish_constrained(driver: StudyDriver, task: TrialTask) -> None:
+    value, constraints = score(task.params), {"latency_ms": slow(task.params)}
+    metrics = {"val/dice": value, "latency_ms": 10 * value * value}
+    driver.report(task.number, 1, 1 / 9, metrics, constraints=constraints)
+    driver.complete(task.number, TrialOutcome(metrics=metrics, constraints=constraints))
+
+
+@pytest.mark.parametrize("objectives", [{"val/dice": "max"}, {"val/dice": "max", "latency_ms": "min"}], ids=len)
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_samplers_learn_to_keep_a_limit(tmp_path: Path, sampler: str, objectives: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"sampler": sampler, "trials": 60, "space": NUMERIC, "default": {"optim.lr": 0.5}}
+    with study(tmp_path, objectives=objectives, **settings) as driver:
+        while (task := driver.ask()) is not None:
+            finish_constrained(driver, task)
+        kept = [record.feasible for record in driver.records()[1:]]
+        assert sum(kept[-20:]) > 12, "by chance 7 would"
+        stored = optuna.load_study(study_name=None, storage=driver._study._storage).trials[1]
+        assert stored.constraints == {"latency_ms": pytest.approx(slow(driver.record(1).params))}
+        assert driver.best() is not None and all(record.feasible for record in driver.front())
+        assert driver.table()[0].feasible
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_resumed_study_with_limits_draws_what_it_would_have(tmp_path: Path, sampler: str) -> None:
+    settings: dict[str, Any] = {
+        "sampler": sampler,
+        "trials": 16,
+        "objectives": {"val/dice": "max", "latency_ms": "min"},
+    }
+    drawn: dict[str, list[Any]] = {"whole": [], "parts": []}
+    for name, stops in (("whole", [99]), ("parts", [3, 5, 99])):
+        for stop in stops:
+            with study(tmp_path / name, **settings) as driver:
+                count = 0
+                while count < stop and (task := driver.ask()) is not None:
+                    drawn[name].append(task.params)
+                    finish_constrained(driver, task)
+                    count += 1
+                if task := driver.ask():  # and dies with it under way, its limits known already
+                    driver.report(task.number, 1, 0.05, {"val/dice": 0.1}, constraints={"latency_ms": 0.5})
+    assert drawn["parts"] == drawn["whole"] and len(drawn["whole"]) == 16
+
+
+def test_a_refused_trial_is_stored_and_another_one_comes_in_its_place(tmp_path: Path) -> None:
+    refusal = TrialOutcome(
+        metrics={"latency_ms": 90.0},
+        stopped="refused",
+        constraints={"latency_ms": 0.8},
+        extras={"refused": ["latency_ms"]},
+    )
+    with study(tmp_path, trials=4) as driver:
+        run(driver, 2)
+        for _ in range(2):
+            task = driver.ask()
+            assert task is not None
+            driver.complete(task.number, refusal)
+        record = driver.record(2)
+        assert (record.state, record.stopped, record.values, record.feasible) == ("pruned", "refused", None, False)
+    with study(tmp_path, trials=4) as driver:
+        assert len(run(driver)) == 2, "four were wanted, and two of them were refused"
+    with study(tmp_path / "all", trials=3) as driver:
+        run(driver, 1)
+        asked = 0
+        while (task := driver.ask()) is not None:
+            driver.complete(task.number, refusal)
+            asked += 1
+        assert asked == 8, "but not for ever"
+
+
+def test_at_a_rung_a_trial_that_breaks_a_limit_stands_behind_all_that_keep_them(tmp_path: Path) -> None:
+    with study(tmp_path, objectives={"val/dice": "max", "latency_ms": "min"}, pruner="asha") as driver:
+        tasks = [task for _ in range(4) if (task := driver.ask())]
+        for task, dice, latency in zip(tasks, (0.2, 0.9, 0.5, 0.95), (10.0, 40.0, 20.0, 99.0), strict=True):
+            constraints = {"latency_ms": latency / 50 - 1}
+            stop = driver.report(
+                task.number, 1, 1 / 9, {"val/dice": dice, "latency_ms": latency}, constraints=constraints
+            )
+            # None of the first three beats another in both; the fourth is the most accurate, and too slow.
+            assert stop == (latency > 50)
+
+
+def test_at_a_rung_the_fronts_are_counted_over_all_objectives_that_are_known(tmp_path: Path) -> None:
+    with study(tmp_path, objectives={"val/dice": "max", "latency_ms": "min"}, pruner="asha") as driver:
+        tasks = [task for _ in range(4) if (task := driver.ask())]
+        told = []
+        for task, dice, latency in zip(tasks, (0.5, 0.6, 0.4, 0.55), (10.0, 20.0, 9.0, 25.0), strict=True):
+            told.append(driver.report(task.number, 1, 1 / 9, {"val/dice": dice, "latency_ms": latency}))
+        assert told == [False, False, False, True], "the last is beaten in both by the second"
+
+
 def test_the_default_is_never_pruned(tmp_path: Path) -> None:
     with study(tmp_path, pruner="asha") as driver:
         default, other = driver.ask(), driver.ask()

@@ -42,3 +42,18 @@ def test_nothing_has_no_front_and_no_volume() -> None:
     nothing = np.empty((0, 2))
     assert pareto.front(nothing) == []
     assert pareto.hypervolume(nothing, [1.0, 1.0]) == 0.0
+
+
+def test_distances_scale_each_loss_over_the_front_of_the_reference() -> None:
+    reference = np.array([[0.0, 100.0], [1.0, 0.0], [5.0, 500.0]])
+    assert pareto.distances(np.array([[0.0, 0.0], [1.0, 100.0], [0.5, 0.0]]), reference).tolist() == [0.0, 2**0.5, 0.5]
+    assert pareto.distances(np.array([[1.0, np.inf]]), np.array([[1.0, np.inf]])).tolist() == [np.inf]
+
+
+def test_the_hypervolume_grows_with_each_trial_and_ignores_what_is_not_finite() -> None:
+    points = np.array([[1.0, 0.0], [0.0, 1.0], [np.inf, np.inf], [0.0, 0.0], [1.0, 1.0]])
+    volumes = pareto.normalised_hypervolume(points)
+    assert (np.diff(volumes) >= 0).all() and volumes[1] == volumes[2]
+    # Of the box from 0 to 1.1: first the strip above (1, 0), last all of it.
+    assert volumes[0] == pytest.approx(0.1 * 1.1 / 1.21) and volumes[3] == pytest.approx(1.0)
+    assert pareto.normalised_hypervolume(np.full((2, 2), np.inf)).tolist() == [0.0, 0.0]

@@ -76,6 +76,15 @@ def test_a_resumed_study_may_get_more_trials_and_time_and_remembers_them(space, 
     assert [p.name for p in folder.iterdir()] == ["study.yaml"]
 
 
+def test_a_resumed_study_may_loosen_its_limits(space, tmp_path):
+    folder, _ = new(space, ["study.select.limits.latency_ms=50", "study.select.limits.size_mb=1"], tmp_path / "runs")
+    _, changed = resumed(folder, ["study.select.limits.latency_ms=80", "study.select.on_fail=last"])
+    assert changed.study.select.limits.given == {"latency_ms": 80.0, "size_mb": 1.0}
+    assert changed.study.select.on_fail == "last" and resumed(folder, [])[1] == changed
+    with pytest.raises(ConfigError):
+        resumed(folder, ["study.select.rule=weighted"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["optim.lr=0.1", "data=elsewhere", "study.seed=1", "study.sampler=random", "study.objectives={val/dice: min}",
