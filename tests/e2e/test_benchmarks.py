@@ -28,8 +28,8 @@ ELSEWHERE = {"crash", "faults"}
 
 
 LONG = {
-    *("ablation", "baseline", "budget", "checkpointing", "compress", "ddp", "drive", "fed_heart", "fed_speed"),
-    *("hostile_http", "int8", "loader", "overhead", "runtimes", "serve"),
+    *("ablation", "baseline", "budget", "checkpointing", "compress", "constraints", "ddp", "drive", "fed_heart"),
+    *("fed_speed", "hostile_http", "int8", "loader", "multi_objective", "overhead", "runtimes", "serve"),
 }
 """What they measure is tested elsewhere in seconds: by the workflows' own tests, and in integration/."""
 
