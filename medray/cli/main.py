@@ -28,6 +28,7 @@ from medray.cli import (
     runs,
     serve,
     site,
+    studies,
     submit,
     train,
     tune,
@@ -62,6 +63,7 @@ app.command("compress")(compress.compress)
 app.command("bench")(bench.bench)
 app.command("submit")(submit.submit)
 app.command("runs")(runs.runs)
+app.add_typer(studies.app, name="studies")
 app.command("cache")(cache.cache)
 app.command("doctor")(doctor.doctor)
 

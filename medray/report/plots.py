@@ -147,7 +147,10 @@ def trade_off(
             axes.scatter([p.x for p in chosen], [p.y for p in chosen], s=28, label=label, **style)  # type: ignore[arg-type]
     front = sorted((p for p in trials if p.on_front), key=lambda p: p.x)
     if front:
-        axes.plot([p.x for p in front], [p.y for p in front], color=ACCENT, marker="o", linewidth=1.5, label="front")
+        # Between two trials of the front nothing was found that is better than the one before.
+        step = "steps-post" if directions[1] == "min" else "steps-pre"
+        x, y = [p.x for p in front], [p.y for p in front]
+        axes.plot(x, y, color=ACCENT, marker="o", linewidth=1.5, drawstyle=step, label="front")
     for p in front[:12]:
         axes.annotate(
             plain(p.name.removeprefix("trial ")), (p.x, p.y), xytext=(4, 4), textcoords="offset points", size=7
@@ -156,15 +159,15 @@ def trade_off(
         if p.champion:
             label = f"champion: {plain(p.name)}"
             axes.scatter([p.x], [p.y], s=150, marker="*", color=COLOURS[1], zorder=4, label=label)
-    y, x = axes_names
-    if x in limits:
-        axes.axvline(limits[x], color=COLOURS[4], linewidth=1, linestyle="--", label="limit")
+    vertical, horizontal = axes_names
+    if horizontal in limits:
+        axes.axvline(limits[horizontal], color=COLOURS[4], linewidth=1, linestyle="--", label="limit")
     xs = [p.x for p in points if p.x > 0]
     if xs and len(xs) == len(points) and max(xs) > 20 * min(xs):
         axes.set_xscale("log")
     better = {"max": "more is better", "min": "less is better"}
-    axes.set_xlabel(f"{plain(x)} ({better[directions[1]]})", fontsize=9)
-    axes.set_ylabel(f"{plain(y)} ({better[directions[0]]})", fontsize=9)
+    axes.set_xlabel(f"{plain(horizontal)} ({better[directions[1]]})", fontsize=9)
+    axes.set_ylabel(f"{plain(vertical)} ({better[directions[0]]})", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
     return svg(shape)
 

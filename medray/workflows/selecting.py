@@ -268,7 +268,7 @@ def crown(
         look(name, afresh=True)
         ranked = rank()
     if ranked[0].refused:
-        raise StudyError(_nobody(ranked, reasons))
+        raise StudyError(_nobody(ranked, reasons, quiet.recipe.directory))
     return Crowning(
         ranked=tuple(ranked), costs=costs, reasons=reasons, why=explain(chooser, ranked, objective.removeprefix("val/"))
     )
@@ -298,7 +298,7 @@ def _tie(scores: Scores) -> float:
     return -found if np.isfinite(found) else -float("inf")
 
 
-def _nobody(ranked: Sequence[Ranked], reasons: Mapping[str, str]) -> str:
+def _nobody(ranked: Sequence[Ranked], reasons: Mapping[str, str], directory: str) -> str:
     lines = []
     for found in ranked:
         name = found.option.name
@@ -314,7 +314,7 @@ def _nobody(ranked: Sequence[Ranked], reasons: Mapping[str, str]) -> str:
         [
             "no candidate keeps the limits of study.select, so none is crowned:",
             *lines,
-            "Everything that was trained is kept. Resume with a looser limit (medray tune --resume STUDY "
+            f"Everything that was trained is kept. Resume with a looser limit (medray tune --resume {directory} "
             "study.select.limits.NAME=VALUE), or let the one that breaks them least win (study.select.on_fail=last)",
         ]
     )

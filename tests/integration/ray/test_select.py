@@ -28,9 +28,9 @@ train: {{epochs: 1, batch_size: 8, precision: fp32}}
 study:
   name: limited
   budget: 20min
-  trials: 3
+  trials: 2
   sampler: random
-  seed: 2
+  seed: 4
   pruner: none
   ensemble: false
   objectives: {{val/auc: max, latency_ms: min}}
