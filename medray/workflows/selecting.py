@@ -138,7 +138,11 @@ def pick_trial(
     been looked at: a trial that was measured while others trained gets its due, and one that only seemed to keep a
     limit falls back. Until then latencies count as if the other programs' share of the CPU had been theirs.
 
-    None where every trial is refused. The limit on accuracy is left for the finalists.
+    None where every trial is refused, but the default has not been judged. The limit on accuracy is left for the
+    finalists.
+
+    Raises:
+        StudyError: every trial is refused, the default too: a final fit would be for nothing.
     """
     rule = chooser.for_search()
     completed = {record.number: record for record in records if record.values is not None}
@@ -148,10 +152,12 @@ def pick_trial(
     measured, kept_one = bool(rule.needs & set(MEASURED)), False
     looked: set[int] = set()
     while completed:
-        options = [Option(name=str(n), figures=figures, tie=-n) for n, figures in found.items()]
+        options = [Option(name=f"trial {n}", figures=figures, tie=-n) for n, figures in found.items()]
         ranked = rule.rank(options, reference=list(found.values()))
         first = ranked[0]
-        number = int(first.option.name)
+        number = int(first.option.name.removeprefix("trial "))
+        if first.refused and 0 in completed:
+            raise StudyError(_nobody(ranked[:5], {}, quiet.recipe.directory))
         if first.refused:
             return None, False
         record = completed[number]
@@ -164,9 +170,12 @@ def pick_trial(
             if trained is not None
             else untrained(quiet.recipe, quiet.recipe.experiment(params))
         )
-        costs = quiet.look(candidate)
         looked.add(number)
-        found[number] |= costs.figures
+        try:
+            found[number] |= quiet.look(candidate).figures
+        except MedrayError as error:
+            quiet.tell(f"{candidate.name}: {error}")
+            found[number] = {name: figure for name, figure in found[number].items() if name not in MEASURED}
         kept_one = kept_one or not any(not verdict.kept for verdict in rule.judge(found[number]))
     return None, False
 
@@ -251,8 +260,8 @@ def crown(
     if measured and chooser.rule == "best":  # of those that keep the limits the best is wanted: the others cost nothing
         order = [found.option.name for found in chooser.without_limits().rank(options())]
         for name in order:
-            if any(not found.broken for found in rank()):
-                reasons[name] = "not measured: a better one keeps every limit"
+            if any(found.option.name in costs and not found.broken for found in rank()):
+                reasons[name] = "not measured: a better one is chosen"
                 continue
             look(name, afresh=True)
         measured = False
@@ -268,6 +277,9 @@ def crown(
         look(name, afresh=True)
         ranked = rank()
     if ranked[0].refused:
+        for name, cost in costs.items():
+            if cost.others > UNDISTURBED:
+                reasons.setdefault(name, f"other programs took {cost.others:.0%} of the CPU meanwhile")
         raise StudyError(_nobody(ranked, reasons, quiet.recipe.directory))
     return Crowning(
         ranked=tuple(ranked), costs=costs, reasons=reasons, why=explain(chooser, ranked, objective.removeprefix("val/"))
@@ -312,10 +324,11 @@ def _nobody(ranked: Sequence[Ranked], reasons: Mapping[str, str], directory: str
         lines.append(f"  {name}: {broken}" + (f" ({reasons[name]})" if name in reasons else ""))
     return "\n".join(
         [
-            "no candidate keeps the limits of study.select, so none is crowned:",
+            "nothing keeps the limits of study.select, so there is no champion. The nearest:",
             *lines,
-            f"Everything that was trained is kept. Resume with a looser limit (medray tune --resume {directory} "
-            "study.select.limits.NAME=VALUE), or let the one that breaks them least win (study.select.on_fail=last)",
+            f"Everything that was trained is kept. Resume with a looser limit and more trials (medray tune --resume "
+            f"{directory} study.select.limits.NAME=VALUE study.trials=N), or let the one that breaks them least win "
+            "(study.select.on_fail=last)",
         ]
     )
 

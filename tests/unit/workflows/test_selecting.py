@@ -131,7 +131,9 @@ def test_what_nobody_disturbed_and_is_clear_need_not_be_looked_at_again(monkeypa
 def test_where_every_trial_breaks_the_limit_there_is_none_or_the_least_bad_one(monkeypatch: pytest.MonkeyPatch) -> None:
     Bench(monkeypatch, {"trial 0": costs(90.0), "trial 1": costs(70.0)})
     records = [trial(0, 0.95, 90.0), trial(1, 0.9, 70.0)]
-    assert pick_trial(records, chooser(limits={"latency_ms": 50}), "val/auc", quiet()) == (None, False)
+    with pytest.raises(StudyError, match=r"(?s)trial 1: latency_ms 59.*trial 0: latency_ms 76.*study\.trials=N"):
+        pick_trial(records, chooser(limits={"latency_ms": 50}), "val/auc", quiet())
+    assert pick_trial(records[1:], chooser(limits={"latency_ms": 50}), "val/auc", quiet()) == (None, False)
     best, keeps = pick_trial(records, chooser(limits={"latency_ms": 50}, on_fail="last"), "val/auc", quiet())
     assert best is not None and best.number == 1 and not keeps
     assert pick_trial([], chooser(limits={"latency_ms": 50}), "val/auc", quiet()) == (None, False)
@@ -141,6 +143,14 @@ def test_the_limit_on_accuracy_waits_for_the_finalists(monkeypatch: pytest.Monke
     bench = Bench(monkeypatch, {})
     best, keeps = pick_trial([trial(0, 0.5, 1.0)], chooser(limits={"accuracy": 0.9}), "val/auc", quiet())
     assert best is not None and keeps and not bench.looks
+
+
+def test_a_trial_that_cannot_be_measured_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    Bench(monkeypatch, {"trial 1": BundleError("it died"), "trial 0": costs(10.0)})
+    said: list[str] = []
+    records, rule = [trial(0, 0.9, 10.0), trial(1, 0.95, 20.0)], chooser(limits={"latency_ms": 50})
+    best, keeps = pick_trial(records, rule, "val/auc", quiet(tell=said.append))
+    assert best is not None and best.number == 0 and keeps and said == ["trial 1: it died"]
 
 
 def test_looking_ends_with_its_share_of_the_budget_once_one_keeps_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +193,7 @@ def test_the_best_that_keeps_the_limit_is_crowned_after_a_look_with_its_own_weig
     rule = chooser(limits={"latency_ms": 50})
     crowning = crown(CANDIDATES, SCORES, rule, "val/auc", RECORDS, quiet())
     assert crowning.winner == "trial-4" and bench.looks == [("average of 2", True), ("trial-4", True)]
-    assert crowning.reasons["default"] == "not measured: a better one keeps every limit"
+    assert crowning.reasons["default"] == "not measured: a better one is chosen"
     assert [found.option.name for found in crowning.ranked if found.refused] == ["average of 2", "default"]
     assert "every limit (1 of 3)" in crowning.why and "Refused: average of 2" in crowning.why
     (average,) = [row for row in plain(crowning, rule)["candidates"] if row["name"] == "average of 2"]
@@ -216,6 +226,13 @@ def test_an_ensemble_that_there_was_no_time_to_measure_is_not_crowned(monkeypatc
     rule = chooser({"val/auc": "max", "latency_ms": "min"}, limits={"latency_ms": 50})
     crowning = crown(CANDIDATES, SCORES, rule, "val/auc", RECORDS, quiet(budget=1.0))
     assert crowning.winner in ("trial-4", "default") and "its time was over" in crowning.reasons["average of 2"]
+
+
+def test_the_best_without_limits_is_measured_where_its_cost_is_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, {"average of 2": costs(55.0)})
+    rule = chooser({"val/auc": "max", "latency_ms": "min"}, rule="best")
+    crowning = crown(CANDIDATES, SCORES, rule, "val/auc", RECORDS, quiet())
+    assert crowning.winner == "average of 2" and bench.looks == [("average of 2", True)]
 
 
 def test_limits_on_what_is_counted_need_no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
