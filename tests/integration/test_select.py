@@ -1,23 +1,33 @@
-"""A study with a limit on latency, measured for real: one of its networks is far too slow, and it is not crowned."""
+"""A study with a limit on latency, measured for real: one of its networks is far too slow, and it is not crowned.
+
+Its trials run in this process, one after another: what Ray does with trials is tested in ``ray/``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import yaml
 
 from medray.config.selection import SelectConfig
+from medray.engines.ray.session import RaySession
+from medray.search.driver import StudyDriver
 from medray.search.selection import Chooser
+from medray.search.trial import TrialFunction, TrialReport
 from medray.workflows import study
 from medray.workflows.costs import costs_of, untrained
 from medray.workflows.planning import prepare_directory
 from medray.workflows.recipe import Recipe
 
-LIMIT, FAST, SLOW = 15.0, 8, 384
-"""Milliseconds; widths of a network that takes a fraction of one here, and of one that takes some hundreds."""
+LIMIT, FAST, SLOW = 3.0, 8, 256
+"""Milliseconds; widths of a network that takes a fraction of one, and of one that takes ten and more."""
 SPACE = f"""
 data: phantom://xray-nodules?cases=24&size=64
 device: cpu
@@ -40,10 +50,33 @@ space:
 """
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("ray_session")
-def test_a_study_never_crowns_a_network_that_breaks_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def no_session(**_: Any) -> Iterator[RaySession]:
+    yield RaySession(cpus=2, gpus=0, is_local=True, most_cpus=2)
+
+
+def run_here(driver: StudyDriver, function: TrialFunction, *, payload: Any, trial_seconds: float, **_: Any) -> None:
+    """``run_trials`` without Ray."""
+    while (task := driver.ask(seconds=trial_seconds)) is not None:
+
+        def report(told: TrialReport, number: int = task.number) -> bool:
+            row: dict[str, Any] = dict(told)
+            return driver.report(number, row.pop("step"), row.pop("fraction"), row.pop("metrics"), **row)
+
+        driver.complete(task.number, function(replace(task, payload=payload), report))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "ray_session", no_session)
+    monkeypatch.setattr(study, "run_trials", run_here)
+    monkeypatch.setattr(study, "call_all", lambda function, tasks, **_: [function(task) for task in tasks])
     monkeypatch.setattr(study, "time_step", lambda *_, **__: None)  # a busy machine must not talk it out of searching
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("here")
+def test_a_study_never_crowns_a_network_that_breaks_the_limit(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(SPACE, encoding="utf-8")
     result = study.tune(space, runs=tmp_path)
