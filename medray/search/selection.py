@@ -243,9 +243,10 @@ def explain(chooser: Chooser, ranked: Sequence[Ranked], metric: str) -> str:
         kept = sum(1 for found in ranked if not found.broken)
         among = f"of the candidates that are known to keep every limit ({kept} of {len(ranked)})"
     merit = math.nan if first.merit is None else first.merit
+    named = [metric if name == ACCURACY else name for name in chooser.objectives]
     reasons = {
         "best": f"it has the best {metric} {among}",
-        "pareto": f"it lies nearest to the ideal point of {', '.join(chooser.objectives)} {among}, and none of them "
+        "pareto": f"it lies nearest to the ideal point of {', '.join(named)} {among}, and none of them "
         "beats it in all of these",
         "scorecard": f"it has the most points ({merit:.0f} of 100), {metric} deciding between equals",
         "weighted": f"{chooser.select.expression} is largest for it ({merit:.4g}) {among}",

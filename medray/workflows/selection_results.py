@@ -24,16 +24,16 @@ def selection_summary(
     """The table of candidates, why the first of them won, and the trade-off in a picture."""
     first, limits = crowning.ranked[0], chooser.select.limits.given
     shown = list(dict.fromkeys([ACCURACY, *limits, *chooser.objectives, *(chooser.needs & set(_costs(crowning)))]))
-    rows = tuple(_row(found, found is first, shown, crowning, chooser) for found in crowning.ranked)
+    rows = tuple(_row(found, found is first, shown, crowning, chooser, objective[0]) for found in crowning.ranked)
     axes, points = _front(crowning, chooser, objective[0], records)
     return SelectionSummary(
         rule=chooser.rule,
         why=crowning.why,
         remark=_remark(first, limits),
         measured=tuple(dict.fromkeys(costs.shown for costs in crowning.costs.values())),
-        limits=limits,
+        limits={_shown(name, objective[0]): limit for name, limit in limits.items()},
         rows=rows,
-        axes=tuple(objective[0] if name == ACCURACY else name for name in axes),
+        axes=tuple(_shown(name, objective[0]) for name in axes),
         points=points,
         directions=tuple(chooser.objectives[name] for name in axes),
         hypervolume=_hypervolume(chooser, objective[0], records),
@@ -63,6 +63,11 @@ def plain(crowning: Crowning, chooser: Chooser) -> dict[str, Any]:
     }
 
 
+def _shown(name: str, objective: str) -> str:
+    """A figure as a reader of the report knows it: the study's metric by its own name."""
+    return objective if name == ACCURACY else name
+
+
 def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -75,7 +80,9 @@ def _interval(found: Estimate) -> Interval:
     return Interval(value=found.value, low=found.low, high=found.high)
 
 
-def _row(found: Ranked, chosen: bool, shown: Sequence[str], crowning: Crowning, chooser: Chooser) -> ChoiceRow:
+def _row(
+    found: Ranked, chosen: bool, shown: Sequence[str], crowning: Crowning, chooser: Chooser, objective: str
+) -> ChoiceRow:
     name, figures = found.option.name, found.option.figures
     merit = "" if found.merit is None or not math.isfinite(found.merit) else f"{found.merit:.4g}"
     note = crowning.reasons.get(name, "")
@@ -85,8 +92,8 @@ def _row(found: Ranked, chosen: bool, shown: Sequence[str], crowning: Crowning, 
         name=name,
         chosen=chosen,
         refused=found.refused,
-        figures={key: _interval(figures[key]) for key in shown if key in figures},
-        kept={verdict.name: verdict.kept for verdict in found.verdicts},
+        figures={_shown(key, objective): _interval(figures[key]) for key in shown if key in figures},
+        kept={_shown(verdict.name, objective): verdict.kept for verdict in found.verdicts},
         merit=f"{merit} of 100" if merit and chooser.rule == "scorecard" else merit,
         note=note,
     )

@@ -255,3 +255,4 @@ def test_the_summary_shows_the_trade_off(monkeypatch: pytest.MonkeyPatch) -> Non
     assert times == (0.0, 40.0, 50.0) and volumes[1] >= volumes[0] and volumes[2] == volumes[1], "beyond the limit"
     assert summary.rows[0].chosen and summary.rows[0].kept == {"latency_ms": True}
     assert "ward-3" in summary.measured[0]
+    assert list(summary.rows[0].figures) == ["val/auc", "latency_ms"], "the metric by its own name"
