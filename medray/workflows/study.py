@@ -4,6 +4,7 @@
       study.yaml        what was asked for; --resume reads it
       manifest.json     fingerprint.json     experiment.yaml (trial 0: the plan's own default)
       study.db          every trial, as Optuna stores it
+      nas/              where study.nas asks for it: the architecture search, its genotype and a picture of its cells
       trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial
       final/<name>/     the finalists, trained with what remains of the budget
       clock.json        what is spent     leaderboard.csv     report.html     result.json     bundle/
@@ -34,6 +35,7 @@ from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
+from medray.workflows import architecture
 from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
@@ -170,6 +172,7 @@ class _Study:
                 concurrency, cpus, gpus = self._shares(session)
             self.machine = self._machine(session)
             self._prepare()
+            self._search_architecture(session, cpus, gpus)
             records, importance, sampler = self._search(concurrency, cpus, gpus)
             finalists = self._final(records, session)
         with self.clock.stage("choice, report, bundle"):
@@ -228,7 +231,11 @@ class _Study:
                 ((name, way) for name, way in self.objectives.items() if name.startswith("val/")), OBJECTIVE[kind]
             )
             self._sitting.measures(*self.objective)
-            self.space = Space.parse(self.asked.space)
+            architecture.check(study.nas, self.asked.space)
+            self.searched: tuple[str, ...] = ()
+            if study.nas.strategy is not None:
+                self.searched = (architecture.stand_in(self.recipe.manifest, study.nas).name,)
+            self.space = Space.parse(architecture.filled(self.asked.space, self.searched))
             for key in self.asked.space:
                 if key.split(".")[0] in FIXED:
                     self.recipe.experiment({key: None})
@@ -242,6 +249,40 @@ class _Study:
             self._tell("stage", f"preparing {len(self.recipe.manifest.cases)} cases")
             self.recipe.splits(default)
             open_store(self.recipe, default)
+
+    def _search_architecture(self, session: RaySession, cpus: int, gpus: float) -> None:
+        """Where ``study.nas`` asks for it: find networks, and put them into the space."""
+        nas = self.asked.study.nas
+        if nas.strategy is None:
+            return
+        stage = "architecture search"
+        with self.clock.stage(stage):
+            seconds = max(1.0, min(nas.share * self.clock.budget - self.clock.stages.get(stage, 0.0), self.clock.left))
+            alone = self.workers == 1
+            gpu = int(gpus > 0)
+            share = max(cpus, usable_cpus() if session.is_local else 0)  # nothing else runs in this phase
+            self._tell("stage", f"searching for an architecture by {nas.strategy}: {seconds:.0f} s at most")
+            (found,) = call_all(
+                architecture.run_search,
+                [
+                    architecture.SearchTask(
+                        recipe=self.recipe,
+                        nas=nas,
+                        directory=str(self.directory / "nas"),
+                        seconds=seconds,
+                        seed=self.asked.study.seed,
+                        workers=self.workers,
+                        cpus=share,
+                        gpus=gpu,
+                    )
+                ],
+                cpus=share if alone else 0,
+                gpus=gpu if alone else 0,
+                while_waiting=lambda: self.clock.save(every=2.0),
+            )
+            self.searched = tuple(genotype.name for genotype in found.genotypes)
+            self.space = Space.parse(architecture.filled(self.asked.space, self.searched))
+            self._tell("note", f"found in {found.steps} steps: {self.searched[0]}")
 
     def _objectives(self, kind: TaskKind) -> dict[str, Direction]:
         asked = dict(self.asked.study.objectives) or dict([OBJECTIVE[kind]])
@@ -332,6 +373,9 @@ class _Study:
         plans: list[tuple[str, Mapping[str, Any]]] = [("default", {})]
         if best is not None and not best.is_default:
             plans.append((f"trial-{best.number}", best.params))
+        elif best is None and self.searched:
+            # No trial has tried what was found: it gets its chance beside the default.
+            plans.append((architecture.SEARCHED, {"model.name": self.searched[0]}))
         finish = self._finish_seconds(len(plans))
         open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
         parallel = len(open_plans) if session.gpus >= len(open_plans) * self.workers else 1
