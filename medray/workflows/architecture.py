@@ -28,6 +28,7 @@ from medray.config.schema import Experiment, NasConfig, SplitConfig
 from medray.data.loader import train_loader
 from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
+from medray.engines.ray.remote import call_all
 from medray.errors import ConfigError, StudyError
 from medray.learn.losses import build_loss
 from medray.models.catalogue import lookup
@@ -44,12 +45,12 @@ from medray.train.runtime import LocalRuntime, Runtime
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import open_store, outputs
 
-__all__ = ["SEARCHED", "SearchTask", "check", "filled", "run_search", "search_experiment", "stand_in"]
+__all__ = ["SEARCHED", "SearchTask", "check", "filled", "find", "run_search", "search_experiment", "stand_in"]
 
 SEARCHED = "searched"
 """What ``space.model.name`` calls that which the phase will find."""
 NAME = "model.name"
-VOXELS = {2: 96 * 96, 3: 32**3}
+VOXELS = {2: 64 * 64, 3: 24**3}
 """The largest patch of a segmentation's search: the super-network computes all operations at once."""
 DEPTH = {"classification": 2, "segmentation": 3}
 """Levels of the super-network, at most; the cells are the same at all."""
@@ -135,6 +136,19 @@ class SearchTask:
     gpus: int = 0
 
 
+def find(task: SearchTask, *, while_waiting: Callable[[], None]) -> Found:
+    """Search in a worker process, which leads a group where several search together. Ray must be connected."""
+    alone = task.workers == 1
+    (found,) = call_all(
+        run_search,
+        [task],
+        cpus=task.cpus if alone else 0,
+        gpus=task.gpus if alone else 0,
+        while_waiting=while_waiting,
+    )
+    return found
+
+
 def run_search(task: SearchTask) -> Found:
     """Search in this process, or lead a group that does; one that has ended is read.
 
@@ -181,7 +195,8 @@ def _search(task: SearchTask, runtime: Runtime, _report: Callable[[Progress], bo
     torch.manual_seed(task.seed)
     net = SuperNetwork(kind_of(manifest), super_plan(experiment, manifest, nas))
     make = strategy(str(nas.strategy))
-    precise = nas.strategy == "darts" and nas.order == "second"  # finite differences drown in bf16's steps
+    # On a CPU bf16 is slower here: hundreds of small operations, each with its casts. Finite differences drown in it.
+    precise = runtime.device.type == "cpu" or nas.order == "second"
     precision = "fp32" if precise else resolve_precision(experiment.train.precision, runtime.device)
     lay_out(net, runtime.device, precision)
     net.to(runtime.device).train()

@@ -33,6 +33,7 @@ from medray.plan.machine import Machine
 from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
+from medray.search.nas.loop import Found
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows import architecture
@@ -128,6 +129,7 @@ class _Study:
         self._best: float | None = None
         self._values: list[float] = []
         self._case_seconds: float | None = None
+        self.found: Found | None = None
         train = dict(asked.explicit.get("train") or {})
         self.workers = int(train.setdefault("workers", asked.study.workers_per_trial))
         self.explicit = {**asked.explicit, "train": train}
@@ -190,6 +192,7 @@ class _Study:
                     importance=importance,
                     sampler=sampler,
                     clock=self.clock,
+                    found=self.found,
                 )
             )
 
@@ -258,28 +261,18 @@ class _Study:
         stage = "architecture search"
         with self.clock.stage(stage):
             seconds = max(1.0, min(nas.share * self.clock.budget - self.clock.stages.get(stage, 0.0), self.clock.left))
-            alone = self.workers == 1
-            gpu = int(gpus > 0)
-            share = max(cpus, usable_cpus() if session.is_local else 0)  # nothing else runs in this phase
             self._tell("stage", f"searching for an architecture by {nas.strategy}: {seconds:.0f} s at most")
-            (found,) = call_all(
-                architecture.run_search,
-                [
-                    architecture.SearchTask(
-                        recipe=self.recipe,
-                        nas=nas,
-                        directory=str(self.directory / "nas"),
-                        seconds=seconds,
-                        seed=self.asked.study.seed,
-                        workers=self.workers,
-                        cpus=share,
-                        gpus=gpu,
-                    )
-                ],
-                cpus=share if alone else 0,
-                gpus=gpu if alone else 0,
-                while_waiting=lambda: self.clock.save(every=2.0),
+            task = architecture.SearchTask(
+                recipe=self.recipe,
+                nas=nas,
+                directory=str(self.directory / "nas"),
+                seconds=seconds,
+                seed=self.asked.study.seed,
+                workers=self.workers,
+                cpus=max(cpus, usable_cpus() if session.is_local else 0),  # nothing else runs in this phase
+                gpus=int(gpus > 0),
             )
+            found = self.found = architecture.find(task, while_waiting=lambda: self.clock.save(every=2.0))
             self.searched = tuple(genotype.name for genotype in found.genotypes)
             self.space = Space.parse(architecture.filled(self.asked.space, self.searched))
             self._tell("note", f"found in {found.steps} steps: {self.searched[0]}")

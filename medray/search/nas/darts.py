@@ -35,7 +35,6 @@ class Darts(Strategy):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.fp32 = problem.config.order == "second"
         draw = torch.Generator().manual_seed(problem.seed)
         shape = (len(edges_of(self.net.nodes)), len(OPERATIONS))
         device = problem.runtime.device

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from medray.errors import ConfigError
 from medray.search.nas.darts import Darts
+from medray.search.nas.enas import Enas
 from medray.search.nas.strategy import Problem, Strategy
 
-STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {"darts": Darts}
+STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {"darts": Darts, "enas": Enas}
 
 
 def strategy(name: str) -> Callable[[Problem], Strategy]:

@@ -63,9 +63,6 @@ class Strategy(ABC):
     In each process of a group the same object makes the same draws and, gradients being averaged, the same steps.
     """
 
-    fp32 = False
-    """Whether it needs full precision."""
-
     def __init__(self, problem: Problem) -> None:
         self.problem, self.net = problem, problem.net
         self.weights = [p for p in self.net.parameters() if p.requires_grad]
