@@ -91,6 +91,26 @@ class AugmentConfig(Section):
     p_histogram_shift: Fraction = 0.0
 
 
+class ElasticLevel(Section):
+    """One level of an elastic network."""
+
+    width: float = Field(1.0, ge=0.25, le=2, description="times the level's own channels")
+    blocks: int = Field(2, ge=1, le=4, description="inverted residuals")
+    kernel: Literal[3, 5, 7] = Field(3, description="of the depth-wise convolutions")
+    expansion: int = Field(4, ge=1, le=6, description="channels within a block over those around it")
+
+
+class ElasticConfig(Section):
+    """An elastic network's levels, the full resolution first; level5 stands for all further ones too."""
+
+    level0: ElasticLevel = ElasticLevel(expansion=1)
+    level1: ElasticLevel = ElasticLevel()
+    level2: ElasticLevel = ElasticLevel()
+    level3: ElasticLevel = ElasticLevel()
+    level4: ElasticLevel = ElasticLevel()
+    level5: ElasticLevel = ElasticLevel()
+
+
 class ModelConfig(Section):
     """A network of the catalogue, which refuses the fields that a network does not have."""
 
@@ -112,6 +132,7 @@ class ModelConfig(Section):
         "own", description="group: group normalisation wherever the network has batch normalisation (for privacy)"
     )
     pretrained: str | None = Field(None, description="a local .safetensors file, or 'hub' for the family's own weights")
+    elastic: ElasticConfig = ElasticConfig()
 
 
 class LossConfig(Section):

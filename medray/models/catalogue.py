@@ -18,6 +18,7 @@ from medray.errors import ModelError
 from medray.models import (
     bisenet,
     deeplab,
+    elastic,
     encoders,
     genotypes,
     medvit,
@@ -46,6 +47,7 @@ FAMILIES = (
     encoders.SPECS,
     bisenet.SPECS,
     small.SPECS,
+    elastic.SPECS,
     timm_nets.SPECS,
     medvit.SPECS,
     tabular.SPECS,

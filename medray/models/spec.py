@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from medray.config.schema import ModelConfig
+from medray.config.schema import ElasticConfig, ModelConfig
 from medray.errors import ModelError
 
 Kind = Literal["classification", "multilabel", "segmentation"]
@@ -24,6 +24,7 @@ OPTIONS: Mapping[str, Any] = {
     "drop_path": 0.0,
     "deep_supervision": False,
     "pretrained": None,
+    "elastic": ElasticConfig(),
 }
 """Fields of ModelConfig that not every network has, with the value that means "not asked for"."""
 
