@@ -14,7 +14,7 @@ _COLOUR = dict(zip(("skip", "avg3", "max3", "conv3", "sep3", "sep5", "dil3"), (Q
 def draw_cells(genotype: Genotype) -> str:
     """The cells side by side from top to bottom: inputs left, nodes in order, output right; an edge is an operation."""
     width = STEP * (genotype.nodes + 1) + 110
-    height = TOP + ROW * (genotype.nodes + 1) + 26
+    height = TOP + ROW * max(2, genotype.nodes) + 10
     cells = "".join(
         f'<g transform="translate(0 {number * height})">{_cell(name, nodes)}</g>'
         for number, (name, nodes) in enumerate(genotype.cells.items())
@@ -50,7 +50,7 @@ def _cell(name: str, nodes: tuple[tuple[tuple[int, str], ...], ...]) -> str:
 def _arrow(start: tuple[int, int], end: tuple[int, int], operation: str) -> str:
     """A bent line, so that edges over a node don't hide behind it, with the operation near its end."""
     (x0, y0), (x1, y1) = start, end
-    bend = -26 if y1 <= y0 else 22
+    bend = -26 if y1 <= y0 else 30
     mx, my = (x0 + x1) / 2, (y0 + y1) / 2 + (bend if x1 - x0 > STEP else bend / 2)
     # Three quarters of the way along the curve, where edges into different nodes have parted.
     lx, ly = 0.16 * x0 + 0.48 * mx + 0.36 * x1, 0.16 * y0 + 0.48 * my + 0.36 * y1

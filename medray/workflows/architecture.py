@@ -45,7 +45,7 @@ from medray.train.runtime import LocalRuntime, Runtime
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import open_store, outputs
 
-__all__ = ["SEARCHED", "SearchTask", "check", "filled", "find", "run_search", "search_experiment", "stand_in"]
+__all__ = ["SEARCHED", "SearchTask", "check", "filled", "find", "run_search", "share", "search_experiment", "stand_in"]
 
 SEARCHED = "searched"
 """What ``space.model.name`` calls that which the phase will find."""
@@ -79,6 +79,11 @@ def check(nas: NasConfig, space: Mapping[str, Any]) -> None:
             f"study.nas.strategy={nas.strategy} finds a network that no trial could choose: add '{SEARCHED}' to "
             f"space.{NAME}.choice"
         )
+
+
+def share(nas: NasConfig) -> float:
+    """Of the study's budget, for the search; none where there is none."""
+    return 0.0 if nas.strategy is None else nas.share
 
 
 def filled(space: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

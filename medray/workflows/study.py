@@ -225,7 +225,8 @@ class _Study:
                 explicit=self.explicit,
                 cache=str(cache),
                 machine=self.machine,
-                horizon=study.budget * (1.0 - study.search_share) / 2,  # there are two finalists, as a rule
+                # There are two finalists, as a rule.
+                horizon=study.budget * (1.0 - architecture.share(study.nas)) * (1.0 - study.search_share) / 2,
             )
             default = self.recipe.experiment()
             kind = self.recipe.manifest.task
@@ -260,7 +261,8 @@ class _Study:
             return
         stage = "architecture search"
         with self.clock.stage(stage):
-            seconds = max(1.0, min(nas.share * self.clock.budget - self.clock.stages.get(stage, 0.0), self.clock.left))
+            spent = self.clock.stages.get(stage, 0.0)
+            seconds = max(1.0, min(nas.share * self.clock.budget, self.clock.left + spent))  # of all sittings
             self._tell("stage", f"searching for an architecture by {nas.strategy}: {seconds:.0f} s at most")
             task = architecture.SearchTask(
                 recipe=self.recipe,
