@@ -45,7 +45,7 @@ from medray.train.runtime import LocalRuntime, Runtime
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import open_store, outputs
 
-__all__ = ["SEARCHED", "SearchTask", "check", "filled", "find", "run_search", "share", "search_experiment", "stand_in"]
+__all__ = ["SEARCHED", "SearchTask", "check", "filled", "find", "run_search", "search_experiment", "share", "stand_in"]
 
 SEARCHED = "searched"
 """What ``space.model.name`` calls that which the phase will find."""
@@ -112,7 +112,16 @@ def kind_of(manifest: Manifest) -> str:
 
 
 def stand_in(manifest: Manifest, nas: NasConfig) -> Genotype:
-    """A genotype of the size that will be found: a space is tried, and its fields are planned, with it."""
+    """A genotype of the size that will be found: a space is tried, and its fields are planned, with it.
+
+    Raises:
+        ConfigError: the data are no images.
+    """
+    if manifest.columns:
+        raise ConfigError(
+            f"study.nas.strategy={nas.strategy}: cells are for images, {manifest.source} is a table. Leave study.nas "
+            "out"
+        )
     return random_genotype(kind_of(manifest), nas.nodes, 0)
 
 

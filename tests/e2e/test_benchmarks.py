@@ -29,7 +29,7 @@ ELSEWHERE = {"crash", "faults"}
 
 LONG = {
     *("ablation", "baseline", "budget", "checkpointing", "compress", "ddp", "drive", "fed_heart", "fed_speed"),
-    *("hostile_http", "int8", "loader", "overhead", "runtimes", "serve"),
+    *("hostile_http", "int8", "loader", "nas", "overhead", "runtimes", "serve"),
 }
 """What they measure is tested elsewhere in seconds: by the workflows' own tests, and in integration/."""
 

@@ -77,6 +77,13 @@ def test_what_was_found_takes_the_place_of_searched_in_conditions_too():
                                        "optim.lr": 1e-3})  # fmt: skip
 
 
+def test_a_table_has_no_architecture_to_search(recipes):
+    manifest = recipes["classification"].manifest
+    assert stand_in(manifest, DARTS).nodes == 2
+    with pytest.raises(ConfigError, match="is a table"):
+        stand_in(manifest.model_copy(update={"columns": ("age",)}), DARTS)
+
+
 # What the search sees ------------------------------------------------------------------------------------------------
 
 
