@@ -103,7 +103,7 @@ class ElasticLevel(Section):
 class ElasticConfig(Section):
     """An elastic network's levels, the full resolution first; level5 stands for all further ones too."""
 
-    level0: ElasticLevel = ElasticLevel(expansion=1)
+    level0: ElasticLevel = ElasticLevel()
     level1: ElasticLevel = ElasticLevel()
     level2: ElasticLevel = ElasticLevel()
     level3: ElasticLevel = ElasticLevel()

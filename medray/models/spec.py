@@ -136,7 +136,7 @@ class ModelSpec:
             if value != unset and name not in self.options:
                 has = ", ".join(sorted(self.options)) or "none of the optional fields"
                 raise ModelError(
-                    f"model '{self.name}' has no field '{name}' (model.{name}={value!r} was asked). "
+                    f"model '{self.name}' has no field '{name}' (model.{name}={repr(value)[:60]} was asked). "
                     f"It has: {has}. Leave model.{name} out or choose another model"
                 )
         if config.feature_size is not None and config.feature_size % self.feature_multiple:

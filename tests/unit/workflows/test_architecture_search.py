@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from medray.config.compose import compose
 from medray.config.schema import NasConfig
 from medray.errors import ConfigError
 from medray.plan.machine import GIB, Machine
@@ -82,6 +83,26 @@ def test_a_table_has_no_architecture_to_search(recipes):
     assert stand_in(manifest, DARTS).nodes == 2
     with pytest.raises(ConfigError, match="is a table"):
         stand_in(manifest.model_copy(update={"columns": ("age",)}), DARTS)
+
+
+@pytest.mark.parametrize(
+    ("file", "data"),
+    [("nas_darts", "classification"), ("nas_darts", "volumes"), ("nas_enas", "segmentation"),
+     ("nas_hardware", "segmentation"), ("nas_hardware", "classification")],
+)  # fmt: skip
+def test_the_shipped_spaces_fit_the_data_that_they_are_for(recipes, repository, file, data):
+    overrides = []
+    if (file, data) == ("nas_hardware", "classification"):  # as its head says
+        overrides = ["model.name=elastic_mbconv", "~study.objectives.val/dice", "study.objectives.val/auc=max"]
+    composed = compose(repository / "search_spaces" / f"{file}.yaml", overrides)
+    recipe = replace(
+        recipes[data], explicit={key: composed.explicit[key] for key in ("model",) if key in composed.explicit}
+    )
+    nas = composed.study.nas
+    check(nas, composed.space)
+    names = [stand_in(recipe.manifest, nas).name] if nas.strategy else []
+    Space.parse(filled(composed.space, names)).validate(recipe.experiment)
+    assert sorted(composed.study.objectives) in ([], ["latency_ms", "val/auc"], ["latency_ms", "val/dice"])
 
 
 # What the search sees ------------------------------------------------------------------------------------------------
