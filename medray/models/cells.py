@@ -151,7 +151,7 @@ class Plan:
 
 
 class CellClassifier(nn.Module):
-    """A stem, cells at falling resolution, a pooled head.
+    """A stem, cells at falling resolution, a normalised and pooled head.
 
     Level 0 has normal cells, each further begins with one that halves the resolution, as in NASNet and DARTS. A cell
     sees the outputs of the last two.
@@ -185,7 +185,9 @@ class CellClassifier(nn.Module):
             )
             self.cells.append(make(place))
             given, fresh = [given[1], plan.nodes * channels[level]], not halves
-        self.head = PooledHead(given[1], plan.num_outputs, plan.dropout)
+        # A node is a sum, of skips too, so that its scale grows from node to node: the head sees it normalised.
+        pooled = PooledHead(given[1], plan.num_outputs, plan.dropout)
+        self.head = nn.Sequential(norm(given[1]), nn.LeakyReLU(SLOPE), pooled)
 
     def forward(self, x: Tensor) -> Tensor:
         first = second = self.stem(x)
@@ -262,8 +264,10 @@ class CellDecoder(nn.Module):
             for level in range(decoded)
         )
         heads = max(1, decoded - 1) if plan.deep_supervision else 1
+        norm = norm_of("segmentation", plan.ndim)
         self.heads = nn.ModuleList(
-            CONV[plan.ndim](plan.nodes * channels[level], plan.num_outputs, 1) for level in range(heads)
+            nn.Sequential(norm(inputs), nn.LeakyReLU(SLOPE), CONV[plan.ndim](inputs, plan.num_outputs, 1))
+            for inputs in (plan.nodes * channels[level] for level in range(heads))
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:

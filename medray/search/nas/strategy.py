@@ -20,10 +20,9 @@ from medray.train.runtime import Runtime
 __all__ = ["Batch", "Problem", "Strategy", "average_gradients", "averaged"]
 
 Batch = Mapping[str, Tensor]
-WEIGHTS_LR = (0.05, 0.001)
-"""Of the shared weights, first and last, by SGD on a cosine."""
+WEIGHTS_LR = (0.025, 0.001)
+"""Of the shared weights, first and last, by SGD on a cosine; these and the next as in DARTS."""
 MOMENTUM, DECAY, CLIP = 0.9, 3e-4, 5.0
-"""As in DARTS."""
 
 
 @dataclass(frozen=True, kw_only=True)

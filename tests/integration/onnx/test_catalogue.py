@@ -32,8 +32,8 @@ LAYERS = [
     ("attention_cnn", 3),
     ("timm:vit_tiny_patch16_224", 2),
     ("elastic_unet", 3),
-    (SEARCHED["classification"], 2),
-    (SEARCHED["segmentation"], 3),
+    pytest.param(SEARCHED["classification"], 2, id="searched classifier"),
+    pytest.param(SEARCHED["segmentation"], 3, id="searched U-Net"),
 ]
 
 
