@@ -92,12 +92,12 @@ class AugmentConfig(Section):
 
 
 class ElasticLevel(Section):
-    """One level of an elastic network."""
+    """One level of an elastic network; null: the family's own."""
 
-    width: float = Field(1.0, ge=0.25, le=2, description="times the level's own channels")
-    blocks: int = Field(2, ge=1, le=4, description="inverted residuals")
-    kernel: Literal[3, 5, 7] = Field(3, description="of the depth-wise convolutions")
-    expansion: int = Field(4, ge=1, le=6, description="channels within a block over those around it")
+    width: float | None = Field(None, ge=0.25, le=2, description="times the level's own channels")
+    blocks: int | None = Field(None, ge=1, le=4, description="inverted residuals")
+    kernel: Literal[3, 5, 7] | None = Field(None, description="of the depth-wise convolutions")
+    expansion: int | None = Field(None, ge=1, le=6, description="channels within a block over those around it")
 
 
 class ElasticConfig(Section):

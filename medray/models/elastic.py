@@ -9,11 +9,12 @@ Shape legend: x is (B, C, *spatial); level 0 is the full resolution, each furthe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from medray.config.schema import ElasticLevel, ModelConfig
+from medray.config.schema import ModelConfig
 from medray.models.layers import CONV, SLOPE, ConvBlock, DropPath, InstanceNorm, widths
 from medray.models.operations import Norm, norm_of
 from medray.models.small import PooledHead
@@ -22,6 +23,15 @@ from medray.models.unet import DEPTH, Decoder, UNet, halvings
 
 MULTIPLE = 4
 """Channels are a multiple of it."""
+
+
+class Level(NamedTuple):
+    """What a level is where its configuration leaves it open; see :class:`~medray.config.schema.ElasticLevel`."""
+
+    width: float = 1.0
+    blocks: int = 2
+    kernel: int = 3
+    expansion: int = 4
 
 
 def channels_of(config: ModelConfig, feature_size: int, depth: int, ndim: int) -> list[int]:
@@ -33,10 +43,11 @@ def channels_of(config: ModelConfig, feature_size: int, depth: int, ndim: int) -
     ]
 
 
-def levels_of(config: ModelConfig, depth: int) -> list[ElasticLevel]:
+def levels_of(config: ModelConfig, depth: int) -> list[Level]:
     """The settings of the levels that there are; beyond the sixth those of the sixth."""
     every = config.elastic
-    own = [every.level0, every.level1, every.level2, every.level3, every.level4, every.level5]
+    asked = [every.level0, every.level1, every.level2, every.level3, every.level4, every.level5]
+    own = [Level(**level.model_dump(exclude_none=True)) for level in asked]
     return own[:depth] + own[-1:] * max(0, depth - len(own))
 
 
@@ -44,7 +55,7 @@ class MBConv(nn.Module):
     """Widen, a depth-wise convolution, narrow again; around an identity where the shape stays."""
 
     def __init__(
-        self, ndim: int, inputs: int, outputs: int, level: ElasticLevel, *, stride: int, norm: Norm, drop_path: float
+        self, ndim: int, inputs: int, outputs: int, level: Level, *, stride: int, norm: Norm, drop_path: float
     ) -> None:
         super().__init__()
         inner = inputs * level.expansion
