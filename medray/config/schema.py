@@ -321,7 +321,7 @@ class NasConfig(Section):
     nodes: int = Field(3, ge=1, le=6, description="of a cell")
     feature_size: int = Field(8, ge=2, le=128, description="channels of a node of the super-network's first level")
     batch_size: int = Field(16, ge=2, le=1024, description="of the search, at most the trials' own")
-    lr: float = Field(1e-2, gt=0, le=1, description="of the architecture's parameters (Adam)")
+    architecture_lr: float = Field(1e-2, gt=0, le=1, description="of the architecture's parameters (Adam)")
     order: Literal["first", "second"] = Field("first", description="darts: the second looks one step of weights ahead")
     auxiliary_skip: bool = Field(True, description="darts: a fading skip on every edge, against collapse (DARTS-)")
     most_skips: int = Field(2, ge=0, description="darts: skip connections that a cell keeps, at most")

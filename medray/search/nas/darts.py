@@ -43,7 +43,7 @@ class Darts(Strategy):
         )
         # As in DARTS, but for the rate: it has hundreds of steps here, not tens of thousands.
         self.alpha_optimizer = torch.optim.Adam(
-            self.alphas.parameters(), lr=problem.config.lr, betas=(0.5, 0.999), weight_decay=1e-3
+            self.alphas.parameters(), lr=problem.config.architecture_lr, betas=(0.5, 0.999), weight_decay=1e-3
         )
 
     @property

@@ -153,7 +153,9 @@ class Enas(Strategy):
         config = problem.config
         self.generator = torch.Generator().manual_seed(problem.seed)
         self.controller = Controller(self.net.kind, self.net.nodes, self.generator)
-        self.reinforce = Reinforce(self.controller, lr=config.lr, entropy=config.entropy, decay=config.baseline)
+        self.reinforce = Reinforce(
+            self.controller, lr=config.architecture_lr, entropy=config.entropy, decay=config.baseline
+        )
 
     @property
     def architecture(self) -> Mapping[str, Any]:

@@ -105,7 +105,7 @@ def search(
         figures = strategy.step(one, other, progress)
         if not all(math.isfinite(value) for value in figures.values()):
             raise NonFiniteLossError(
-                f"the architecture search diverged at step {step} ({figures}): lower study.nas.lr, or set "
+                f"the architecture search diverged at step {step} ({figures}): lower study.nas.architecture_lr, or set "
                 "train.precision=fp32"
             )
         history.append({"step": float(step), "progress": progress, "seconds": elapsed(), **figures})

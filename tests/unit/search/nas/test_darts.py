@@ -153,7 +153,7 @@ def test_a_cell_has_no_more_skips_than_allowed_and_loses_the_weakest():
 
 def test_it_finds_the_operation_without_which_nothing_can_be_learnt():
     """Targets are local contrasts: pools and skips see none of them, convolutions do."""
-    case = problem("segmentation", lr=0.05)
+    case = problem("segmentation", architecture_lr=0.05)
     darts = Darts(case)
     draw = torch.Generator().manual_seed(0)
     for step in range(15):

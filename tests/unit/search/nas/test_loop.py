@@ -99,7 +99,7 @@ def test_the_history_stays_short(tmp_path):
 
 
 def test_what_diverges_or_is_damaged_is_said(tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"study\.nas\.lr"):
+    with pytest.raises(NonFiniteLossError, match=r"study\.nas\.architecture_lr"):
         run(tmp_path, Recorder(PROBLEM, value=float("nan")))
     assert load_found(tmp_path) is None
     for text in ("{", "{}", '{"genotypes": [], "steps": 1, "seconds": 1, "history": []}',
