@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from medray.config.genotype import embedded
 from medray.config.overrides import KINDS, SOURCE, Override, check_space_key, expand_home, parse_override
 from medray.config.paths import allowed, check_path, did_you_mean, known
 from medray.config.schema import Experiment, StudyConfig, planned_batch
@@ -104,8 +105,18 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
         if not tree["data"].strip():
             raise ConfigError(f"{origins['data']}: data is empty; name a folder, a file, or phantom://ct-lesions")
         tree["data"] = expand_home(tree["data"])
+    _embed(tree, space)
     _build(Experiment, tree, (), origins, file_name)
     return Composed(explicit=tree, study=study, space=space, source_file=path, origins=origins)
+
+
+def _embed(tree: Tree, space: Tree) -> None:
+    """Take the genotypes that are named by a file into the configuration: it may be moved, and the file not be."""
+    model, rule = tree.get("model"), space.get("model.name")
+    if isinstance(model, dict) and "name" in model:
+        model["name"] = embedded(model["name"])
+    if isinstance(rule, dict) and isinstance(rule.get("choice"), list):
+        space["model.name"] = {**rule, "choice": [embedded(name) for name in rule["choice"]]}
 
 
 def build_experiment(*layers: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Experiment:

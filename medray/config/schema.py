@@ -92,6 +92,26 @@ class AugmentConfig(Section):
     p_histogram_shift: Fraction = 0.0
 
 
+class ElasticLevel(Section):
+    """One level of an elastic network; null: the family's own."""
+
+    width: float | None = Field(None, ge=0.25, le=2, description="times the level's own channels")
+    blocks: int | None = Field(None, ge=1, le=4, description="inverted residuals")
+    kernel: Literal[3, 5, 7] | None = Field(None, description="of the depth-wise convolutions")
+    expansion: int | None = Field(None, ge=1, le=6, description="channels within a block over those around it")
+
+
+class ElasticConfig(Section):
+    """An elastic network's levels, the full resolution first; level5 stands for all further ones too."""
+
+    level0: ElasticLevel = ElasticLevel()
+    level1: ElasticLevel = ElasticLevel()
+    level2: ElasticLevel = ElasticLevel()
+    level3: ElasticLevel = ElasticLevel()
+    level4: ElasticLevel = ElasticLevel()
+    level5: ElasticLevel = ElasticLevel()
+
+
 class ModelConfig(Section):
     """A network of the catalogue, which refuses the fields that a network does not have."""
 
@@ -113,6 +133,7 @@ class ModelConfig(Section):
         "own", description="group: group normalisation wherever the network has batch normalisation (for privacy)"
     )
     pretrained: str | None = Field(None, description="a local .safetensors file, or 'hub' for the family's own weights")
+    elastic: ElasticConfig = ElasticConfig()
 
 
 class LossConfig(Section):
@@ -292,6 +313,24 @@ class Experiment(Section):
         return self
 
 
+class NasConfig(Section):
+    """A phase before the trials that searches for a network; trials choose it as ``model.name``: ``searched``."""
+
+    strategy: str | None = Field(None, description="darts or enas; null: no architecture search")
+    share: float = Field(0.3, gt=0, lt=1, description="of the study's budget, for this phase")
+    steps: int | None = Field(None, ge=1, description="of the search, at most; null: as many as fit into the share")
+    nodes: int = Field(3, ge=1, le=6, description="of a cell")
+    feature_size: int = Field(8, ge=2, le=128, description="channels of a node of the super-network's first level")
+    batch_size: int = Field(16, ge=2, le=1024, description="of the search, at most the trials' own")
+    architecture_lr: float = Field(1e-2, gt=0, le=1, description="of the architecture's parameters (Adam)")
+    order: Literal["first", "second"] = Field("first", description="darts: the second looks one step of weights ahead")
+    auxiliary_skip: bool = Field(True, description="darts: a fading skip on every edge, against collapse (DARTS-)")
+    most_skips: int = Field(2, ge=0, description="darts: skip connections that a cell keeps, at most")
+    entropy: NonNegative = Field(1e-3, description="enas: weight of the controller's entropy, against early certainty")
+    baseline: Fraction = Field(0.9, description="enas: decay of the moving average that rewards are compared with")
+    keep: int = Field(1, ge=1, le=16, description="enas: genotypes that trials may choose among")
+
+
 class StudyConfig(Section):
     """How a search is run. Wall-clock times in seconds (or 20min, 1h)."""
 
@@ -309,3 +348,4 @@ class StudyConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     ensemble: bool = Field(True, description="let an ensemble win where it is better on validation")
     select: SelectConfig = SelectConfig()
+    nas: NasConfig = NasConfig()

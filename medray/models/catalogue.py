@@ -18,7 +18,9 @@ from medray.errors import ModelError
 from medray.models import (
     bisenet,
     deeplab,
+    elastic,
     encoders,
+    genotypes,
     medvit,
     monai_nets,
     small,
@@ -45,13 +47,14 @@ FAMILIES = (
     encoders.SPECS,
     bisenet.SPECS,
     small.SPECS,
+    elastic.SPECS,
     timm_nets.SPECS,
     medvit.SPECS,
     tabular.SPECS,
 )
 CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for family in FAMILIES for spec in family}
 """Every network by name. Beside them, ``timm:NAME`` classifies with, and ``encoder:NAME`` segments under a U-Net
-decoder by, any network of timm."""
+decoder by, any network of timm; ``genotype:...`` is one that an architecture search found."""
 
 
 def names(kind: Kind | None = None, ndim: int | None = None) -> tuple[str, ...]:
@@ -76,6 +79,8 @@ def lookup(name: str) -> ModelSpec:
         return timm_nets.any_backbone(inner)
     if colon and prefix == "encoder":
         return encoders.any_encoder(inner)
+    if colon and prefix == "genotype":
+        return genotypes.any_genotype(inner)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), CATALOGUE, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     raise ModelError(

@@ -32,7 +32,7 @@ class _Residual(nn.Module):
         return x + self.drop_path(self.body(x))
 
 
-class _Head(nn.Module):
+class PooledHead(nn.Module):
     """Mean and maximum over space, dropout, one linear layer: the maximum keeps a lesion of few pixels visible."""
 
     def __init__(self, channels: int, num_outputs: int, dropout: float) -> None:
@@ -63,7 +63,7 @@ class SmallCNN(nn.Module):
             if level % 2 or level == depth - 1:
                 layers.append(_Residual(ndim, channels, drop_path * level / (depth - 1)))
         self.features = nn.Sequential(*layers)
-        self.head = _Head(width * 2 ** min(depth - 1, 3), num_outputs, dropout)
+        self.head = PooledHead(width * 2 ** min(depth - 1, 3), num_outputs, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -98,7 +98,7 @@ class AttentionCNN(nn.Module):
             )
             inputs = outputs
         self.pool = F.max_pool2d if ndim == 2 else F.max_pool3d
-        self.head = _Head(inputs, num_outputs, dropout)
+        self.head = PooledHead(inputs, num_outputs, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         for index, level in enumerate(self.levels):

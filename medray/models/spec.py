@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from medray.config.schema import ModelConfig
+from medray.config.schema import ElasticConfig, ModelConfig
 from medray.errors import ModelError
 
 Kind = Literal["classification", "multilabel", "segmentation"]
@@ -24,6 +24,7 @@ OPTIONS: Mapping[str, Any] = {
     "drop_path": 0.0,
     "deep_supervision": False,
     "pretrained": None,
+    "elastic": ElasticConfig(),
 }
 """Fields of ModelConfig that not every network has, with the value that means "not asked for"."""
 
@@ -135,7 +136,7 @@ class ModelSpec:
             if value != unset and name not in self.options:
                 has = ", ".join(sorted(self.options)) or "none of the optional fields"
                 raise ModelError(
-                    f"model '{self.name}' has no field '{name}' (model.{name}={value!r} was asked). "
+                    f"model '{self.name}' has no field '{name}' (model.{name}={repr(value)[:60]} was asked). "
                     f"It has: {has}. Leave model.{name} out or choose another model"
                 )
         if config.feature_size is not None and config.feature_size % self.feature_multiple:

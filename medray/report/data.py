@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from medray.config.genotype import Genotype
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -204,6 +206,17 @@ class SegmentationResults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What an architecture search found; ``chosen``: the champion has it."""
+
+    strategy: str
+    steps: int
+    seconds: float
+    genotype: Genotype
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     headline: str
     intended_use: str
@@ -221,3 +234,4 @@ class ReportData:
     )
     reproduce: dict[str, str] = field(metadata={"blocks": "title to text: command, experiment.yaml, versions, machine"})
     selection: SelectionSummary | None = None
+    architecture: Architecture | None = None

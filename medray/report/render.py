@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from medray.report import plots
+from medray.report.cells import draw_cells
 from medray.report.data import Interval, ReportData, TrialRow
+
+LONGEST = 48
+"""Characters of a hyper-parameter in a table; a genotype's name is longer, and stands whole in its experiment.yaml."""
 
 
 def write_report(data: ReportData, path: Path) -> Path:
@@ -81,6 +85,8 @@ def _plots(data: ReportData) -> dict[str, Any]:
         found["reliability"] = plots.reliability(result.reliability)
     if data.segmentation is not None:
         found["cases"] = plots.case_scores([row.dice for row in data.segmentation.cases], data.data.classes[1:])
+    if data.architecture is not None:
+        found["cells"] = draw_cells(data.architecture.genotype)
     return {name: Markup(text) for name, text in found.items()}
 
 
@@ -118,4 +124,5 @@ def duration(seconds: float) -> str:
 
 def value(thing: object) -> str:
     """A hyper-parameter as a person would write it."""
-    return f"{thing:.4g}" if isinstance(thing, float) else str(thing)
+    text = f"{thing:.4g}" if isinstance(thing, float) else str(thing)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

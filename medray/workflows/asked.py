@@ -14,6 +14,7 @@ from medray.config.schema import Experiment, StudyConfig
 from medray.config.selection import SelectConfig
 from medray.errors import ConfigError, StudyError
 from medray.search.space import Space
+from medray.workflows import architecture
 from medray.workflows.storage import RunStore, place_of
 
 __all__ = ["Asked", "new", "resumed", "save"]
@@ -38,6 +39,7 @@ def new(path: Path | None, overrides: Sequence[str], runs: Path, storage: str | 
     """
     composed = compose(path, overrides)
     Space.parse(composed.space)
+    architecture.check(composed.study.nas, composed.space)
     if (composed.explicit.get("privacy") or {}).get("epsilon") is not None or any(
         key.partition(".")[0] == "privacy" for key in composed.space
     ):

@@ -24,6 +24,7 @@ from medray.learn.corrupt import CORRUPTIONS, Corruption, corrupt
 from medray.learn.intervals import Interval as Estimate
 from medray.learn.intervals import bootstrap
 from medray.report.data import (
+    Architecture,
     CandidateRow,
     Gain,
     Interval,
@@ -34,6 +35,7 @@ from medray.report.data import (
     TrialRow,
 )
 from medray.report.render import write_report
+from medray.search.nas.loop import Found
 from medray.search.selection import Chooser
 from medray.search.trial import TrialRecord
 from medray.workflows import champion as choosing
@@ -71,6 +73,7 @@ class Conclusion:
     clock: Clock
     chooser: Chooser
     quiet: Quiet
+    found: Found | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +171,7 @@ def conclude(asked: Conclusion) -> Concluded:
         resources=_resources(asked, champion, case_seconds, bundle_seconds),
         reproduce=_reproduce(asked),
         selection=summary,
+        architecture=_architecture(asked, champion),
     )
     write_report(data, directory / "report.html")
     return Concluded(
@@ -253,6 +257,19 @@ def _corruption(name: Corruption, severity: int) -> Any:
         return replace(image, array=array)
 
     return change
+
+
+def _architecture(asked: Conclusion, champion: Candidate) -> Architecture | None:
+    if asked.found is None:
+        return None
+    best = asked.found.genotypes[0]
+    return Architecture(
+        strategy=str(asked.study.nas.strategy),
+        steps=asked.found.steps,
+        seconds=asked.found.seconds,
+        genotype=best,
+        chosen=any(member.experiment.model.name == best.name for member in champion.members),
+    )
 
 
 def _sites(recipe: Recipe, scores: Scores) -> tuple[SiteRow, ...]:

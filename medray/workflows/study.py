@@ -4,6 +4,7 @@
       study.yaml        what was asked for; --resume reads it
       manifest.json     fingerprint.json     experiment.yaml (trial 0: the plan's own default)
       study.db          every trial, as Optuna stores it
+      nas/              where study.nas asks for it: the architecture search, its genotype and a picture of its cells
       trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial
       final/<name>/     the finalists, trained with what remains of the budget
       clock.json        what is spent     leaderboard.csv     report.html     result.json     bundle/
@@ -32,9 +33,11 @@ from medray.plan.machine import Machine
 from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
+from medray.search.nas.loop import Found
 from medray.search.selection import MEASURED
 from medray.search.space import Space
 from medray.search.trial import TrialEvent, TrialRecord
+from medray.workflows import architecture
 from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
@@ -128,6 +131,7 @@ class _Study:
         self._best: float | None = None
         self._values: list[float] = []
         self._case_seconds: float | None = None
+        self.found: Found | None = None
         train = dict(asked.explicit.get("train") or {})
         self.workers = int(train.setdefault("workers", asked.study.workers_per_trial))
         self.explicit = {**asked.explicit, "train": train}
@@ -172,6 +176,7 @@ class _Study:
                 concurrency, cpus, gpus = self._shares(session)
             self.machine = self._machine(session)
             self._prepare()
+            self._search_architecture(session, cpus, gpus)
             records, importance, sampler = self._search(concurrency, cpus, gpus)
             finalists = self._final(records, session)
         with self.clock.stage("choice, report, bundle"):
@@ -191,6 +196,7 @@ class _Study:
                     clock=self.clock,
                     chooser=self.chooser,
                     quiet=self.quiet,
+                    found=self.found,
                 )
             )
 
@@ -223,7 +229,8 @@ class _Study:
                 explicit=self.explicit,
                 cache=str(cache),
                 machine=self.machine,
-                horizon=study.budget * (1.0 - study.search_share) / 2,  # there are two finalists, as a rule
+                # There are two finalists, as a rule.
+                horizon=study.budget * (1.0 - architecture.share(study.nas)) * (1.0 - study.search_share) / 2,
             )
             default = self.recipe.experiment()
             kind = self.recipe.manifest.task
@@ -234,7 +241,11 @@ class _Study:
             self._sitting.measures(*self.objective)
             self.chooser = make_chooser(study, self.objectives, self.objective, self._metrics(kind))
             self.quiet = Quiet(recipe=self.recipe, budget=study.budget, tell=lambda text: self._tell("note", text))
-            self.space = Space.parse(self.asked.space)
+            architecture.check(study.nas, self.asked.space)
+            self.searched: tuple[str, ...] = ()
+            if study.nas.strategy is not None:
+                self.searched = (architecture.stand_in(self.recipe.manifest, study.nas).name,)
+            self.space = Space.parse(architecture.filled(self.asked.space, self.searched))
             for key in self.asked.space:
                 if key.split(".")[0] in FIXED:
                     self.recipe.experiment({key: None})
@@ -248,6 +259,31 @@ class _Study:
             self._tell("stage", f"preparing {len(self.recipe.manifest.cases)} cases")
             self.recipe.splits(default)
             open_store(self.recipe, default)
+
+    def _search_architecture(self, session: RaySession, cpus: int, gpus: float) -> None:
+        """Where ``study.nas`` asks for it: find networks, and put them into the space."""
+        nas = self.asked.study.nas
+        if nas.strategy is None:
+            return
+        stage = "architecture search"
+        with self.clock.stage(stage):
+            spent = self.clock.stages.get(stage, 0.0)
+            seconds = max(1.0, min(nas.share * self.clock.budget, self.clock.left + spent))  # of all sittings
+            self._tell("stage", f"searching for an architecture by {nas.strategy}: {seconds:.0f} s at most")
+            task = architecture.SearchTask(
+                recipe=self.recipe,
+                nas=nas,
+                directory=str(self.directory / "nas"),
+                seconds=seconds,
+                seed=self.asked.study.seed,
+                workers=self.workers,
+                cpus=max(cpus, usable_cpus() if session.is_local else 0),  # nothing else runs in this phase
+                gpus=int(gpus > 0),
+            )
+            found = self.found = architecture.find(task, while_waiting=lambda: self.clock.save(every=2.0))
+            self.searched = tuple(genotype.name for genotype in found.genotypes)
+            self.space = Space.parse(architecture.filled(self.asked.space, self.searched))
+            self._tell("note", f"found in {found.steps} steps: {self.searched[0]}")
 
     def _objectives(self, kind: TaskKind) -> dict[str, Direction]:
         asked = dict(self.asked.study.objectives) or dict([OBJECTIVE[kind]])
@@ -346,6 +382,9 @@ class _Study:
         plans: list[tuple[str, Mapping[str, Any]]] = [("default", {})]
         if best is not None and not best.is_default:
             plans.append((f"trial-{best.number}", best.params))
+        elif best is None and self.searched:
+            # No trial has tried what was found: it gets its chance beside the default.
+            plans.append((architecture.SEARCHED, {"model.name": self.searched[0]}))
         finish = self._finish_seconds(len(plans))
         open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
         parallel = len(open_plans) if session.gpus >= len(open_plans) * self.workers else 1

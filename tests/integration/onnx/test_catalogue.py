@@ -9,9 +9,15 @@ import onnxruntime
 import pytest
 import torch
 
+from medray.config.genotype import CELLS, Genotype
 from medray.config.schema import ModelConfig
 from medray.models.catalogue import build_model, lookup
 
+EDGES = [[[0, "sep3"], [1, "skip"]], [[0, "avg3"], [2, "max3"]], [[1, "dil3"], [3, "sep5"]]]
+SEARCHED = {
+    kind: Genotype.model_validate({"kind": kind, "cells": dict.fromkeys(cells, EDGES)}).name
+    for kind, cells in CELLS.items()
+}
 DEFAULTS = [("unet", 2), ("unet", 3), ("resnet18", 2), ("small_cnn", 2)]
 LAYERS = [
     ("resenc_unet", 2),
@@ -25,6 +31,9 @@ LAYERS = [
     ("bisenet", 2),
     ("attention_cnn", 3),
     ("timm:vit_tiny_patch16_224", 2),
+    ("elastic_unet", 3),
+    pytest.param(SEARCHED["classification"], 2, id="searched classifier"),
+    pytest.param(SEARCHED["segmentation"], 3, id="searched U-Net"),
 ]
 
 

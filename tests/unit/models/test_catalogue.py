@@ -18,6 +18,7 @@ ASKED = {
     "drop_path": 0.1,
     "deep_supervision": True,
     "pretrained": "weights.safetensors",
+    "elastic": {"level1": {"kernel": 5}},
 }
 
 

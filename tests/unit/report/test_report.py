@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from medray.config.genotype import Genotype
 from medray.report import plots
 from medray.report.data import (
+    Architecture,
     CandidateRow,
     ChoiceRow,
     ClassificationResults,
@@ -353,3 +355,15 @@ def test_learning_curves_leave_out_the_first_steps_and_never_the_best(monkeypatc
     falling = [9.0, *(1.0 - v for v in rising[1:])]
     low, high = limits("min", falling, monkeypatch)
     assert high < 5.0 and low < min(falling)
+
+
+def test_a_searched_network_is_shown_with_its_cells_and_long_names_are_cut():
+    edges = [[[0, "sep3"], [1, "skip"]], [[1, "conv3"], [2, "max3"]]]
+    genotype = Genotype.model_validate({"kind": "segmentation", "cells": {"down": edges, "up": edges}})
+    found = Architecture(strategy="darts", steps=120, seconds=61.0, genotype=genotype, chosen=True)
+    row = TrialRow(number=0, state="completed", params={"model.name": genotype.name}, values={}, seconds=1.0)
+    page = render(report(architecture=found, study=study(trials=(row,))))
+    assert "The champion has these cells." in page and "120 steps, 1 min 1 s" in page
+    assert page.count(">conv3<") == 2 and page.count(">up cell<") == 1
+    assert genotype.name not in page and genotype.name[:40] in page
+    assert "The searched network" not in render(report())
