@@ -18,7 +18,6 @@ import torch
 
 from medray import __version__
 from medray.bundle.spec import INTENDED_USE
-from medray.config.schema import StudyConfig
 from medray.data.image import Image
 from medray.learn.corrupt import CORRUPTIONS, Corruption, corrupt
 from medray.learn.intervals import Interval as Estimate
@@ -28,6 +27,7 @@ from medray.report.data import (
     Gain,
     Interval,
     ReportData,
+    Rivalry,
     RobustnessRow,
     SiteRow,
     StudySummary,
@@ -37,35 +37,12 @@ from medray.report.render import write_report
 from medray.search.trial import TrialRecord
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
-from medray.workflows.clock import Clock
-from medray.workflows.judging import Direction, spread
+from medray.workflows.contest import Conclusion, Contest, hold_contest, robustness_seconds
+from medray.workflows.judging import spread
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
-from medray.workflows.training import Trained
-
-
-def robustness_seconds(budget: float) -> float:
-    """What of a study's budget the robustness section may take."""
-    return max(3.0, budget / 20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conclusion:
-    """What the last stage is made from."""
-
-    directory: Path
-    recipe: Recipe
-    study: StudyConfig
-    source: str
-    command: str
-    objective: tuple[str, Direction]
-    finalists: tuple[tuple[str, Trained], ...]
-    records: tuple[TrialRecord, ...]
-    importance: Mapping[str, float]
-    sampler: str
-    clock: Clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +83,14 @@ def _numbers(figures: tuple[float, ...]) -> list[float | None]:
 def conclude(asked: Conclusion) -> Concluded:
     """Choose on validation cases, measure on test cases, write ``bundle/``, ``report.html`` and ``leaderboard.csv``."""
     recipe, directory = asked.recipe, asked.directory
-    metric, direction = asked.objective[0].removeprefix("val/"), asked.objective[1]
+    metric = asked.objective[0].removeprefix("val/")
     splits = recipe.splits(asked.finalists[0][1].experiment)
-    candidates = choosing.candidates_of(recipe, asked.finalists, ensemble=asked.study.ensemble)
-    on_validation = choosing.score(recipe, candidates, splits.val, metric=metric)
-    winner = choosing.choose(on_validation, candidates[0].name, direction)
-    champion = next(candidate for candidate in candidates if candidate.name == winner)
-    default = candidates[0]
+    contest = hold_contest(asked, splits, metric)
+    candidates, on_validation, winner = contest.candidates, contest.scores, contest.winner
+    champion, default, single = contest.named(winner), candidates[0], contest.named(contest.single)
     temperature = choosing.temperature_of(on_validation[winner])
 
-    pair = [champion] if champion is default else [champion, default]
+    pair = list({candidate.name: candidate for candidate in (champion, default, single)}.values())
     if splits.test:
         began = time.monotonic()
         measured = choosing.score(recipe, pair, splits.test, metric=metric, distances=True)
@@ -141,7 +116,7 @@ def conclude(asked: Conclusion) -> Concluded:
         intended_use=INTENDED_USE,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         data=data_summary(recipe, asked.source, splits),
-        study=_study_summary(asked, candidates, on_validation, winner),
+        study=_study_summary(asked, contest, measured),
         gain=gain,
         metrics={name: _interval(found) for name, found in metrics.items()},
         sites=_sites(recipe, best),
@@ -249,9 +224,7 @@ def _sites(recipe: Recipe, scores: Scores) -> tuple[SiteRow, ...]:
     return tuple(rows)
 
 
-def _study_summary(
-    asked: Conclusion, candidates: list[Candidate], scores: Mapping[str, Scores], winner: str
-) -> StudySummary:
+def _study_summary(asked: Conclusion, contest: Contest, measured: Mapping[str, Scores]) -> StudySummary:
     name, direction = asked.objective
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
     for label, trained in asked.finalists:
@@ -272,12 +245,37 @@ def _study_summary(
         sampler=asked.sampler,
         pruner=asked.study.pruner,
         trials=tuple(_trial_row(record) for record in asked.records),
-        candidates=tuple(
-            CandidateRow(name=c.name, validation=_interval(scores[c.name].interval()), chosen=c.name == winner)
-            for c in candidates
-        ),
+        candidates=tuple(_candidate_row(contest, candidate) for candidate in contest.candidates),
+        rivalry=_rivalry(contest, measured),
         importance=dict(asked.importance),
         curves=curves,
+    )
+
+
+def _candidate_row(contest: Contest, candidate: Candidate) -> CandidateRow:
+    found, best = contest.scores[candidate.name], contest.scores[contest.single]
+    return CandidateRow(
+        name=candidate.name,
+        validation=_interval(found.interval()),
+        chosen=candidate.name == contest.winner,
+        difference=None if candidate.name == contest.single else _interval(choosing.difference(found, best)),
+        latency_ms=contest.latency_ms(candidate),
+    )
+
+
+def _rivalry(contest: Contest, measured: Mapping[str, Scores]) -> Rivalry | None:
+    """None where the champion is the best single network."""
+    if contest.winner == contest.single:
+        return None
+    single = measured[contest.single]
+    return Rivalry(
+        single=contest.single,
+        value=_interval(single.interval()),
+        difference=_interval(choosing.difference(measured[contest.winner], single)),
+        latency_ms=(
+            contest.latency_ms(contest.named(contest.single)),
+            contest.latency_ms(contest.named(contest.winner)),
+        ),
     )
 
 

@@ -37,7 +37,8 @@ from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
-from medray.workflows.conclusion import Concluded, Conclusion, conclude, robustness_seconds
+from medray.workflows.conclusion import Concluded, conclude
+from medray.workflows.contest import Conclusion, robustness_seconds
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
 from medray.workflows.judging import GLANCE, OBJECTIVE, Direction
