@@ -55,6 +55,24 @@ class TrialRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmRow:
+    """A configuration that an earlier study found, tried right after the default.
+
+    Attributes:
+        origin: the study or data set.
+        distance: between the two data sets' fingerprints; 0 for the same.
+        there: by how much it beat the default there.
+        here: the same here; None where the trial did not end.
+    """
+
+    trial: int
+    origin: str
+    distance: float
+    there: float
+    here: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateRow:
     """One thing that could have become the champion.
 
@@ -100,6 +118,12 @@ class StudySummary:
     importance: dict[str, float]
     curves: dict[str, tuple[tuple[float, float], ...]] = field(metadata={"points": "seconds of training, objective"})
     rivalry: Rivalry | None = None
+    warm: tuple[WarmRow, ...] = ()
+    warm_note: str = ""
+    overhead: float = field(
+        default=float("nan"),
+        metadata={"share": "of the study's wall clock, 0..1: neither trained nor measured"},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from medray.report.data import (
     SiteRow,
     StudySummary,
     TrialRow,
+    WarmRow,
 )
 from medray.report.render import write_report
 from medray.search.trial import TrialRecord
@@ -247,6 +248,9 @@ def _study_summary(asked: Conclusion, contest: Contest, measured: Mapping[str, S
         trials=tuple(_trial_row(record) for record in asked.records),
         candidates=tuple(_candidate_row(contest, candidate) for candidate in contest.candidates),
         rivalry=_rivalry(contest, measured),
+        warm=_warm_rows(asked),
+        warm_note=_warm_note(asked),
+        overhead=_search_overhead(asked),
         importance=dict(asked.importance),
         curves=curves,
     )
@@ -279,10 +283,47 @@ def _rivalry(contest: Contest, measured: Mapping[str, Scores]) -> Rivalry | None
     )
 
 
+def _warm_rows(asked: Conclusion) -> tuple[WarmRow, ...]:
+    name, direction = asked.objective
+    sign = 1.0 if direction == "max" else -1.0
+    ended = {record.number: sign * record.metrics[name] for record in asked.records if record.values is not None}
+    rows = []
+    for record in asked.records:
+        if record.proposal is not None:
+            here = ended[record.number] - ended[0] if record.number in ended and 0 in ended else None
+            found = record.proposal
+            rows.append(
+                WarmRow(trial=record.number, origin=found.origin, distance=found.distance, there=found.gain, here=here)
+            )
+    return tuple(rows)
+
+
+def _warm_note(asked: Conclusion) -> str:
+    """Why nothing was tried early."""
+    if not asked.study.warm_start:
+        return "Off: study.warm_start=false."
+    if not asked.records:
+        return "There was no search."
+    return "No earlier study of data near enough found something that this space holds and the default is not."
+
+
+def _search_overhead(asked: Conclusion) -> float:
+    """Share of the study's wall clock in which the search neither trained nor measured; NaN where there was none.
+
+    What starts processes, proposes and keeps books, and slots that wait for the last trial.
+    """
+    if not asked.records:
+        return float("nan")
+    busy = sum(record.seconds for record in asked.records) / max(1, asked.slots)
+    return max(0.0, asked.clock.stages.get("search", 0.0) - busy) / max(asked.clock.spent, 1e-9)
+
+
 def _trial_row(record: TrialRecord) -> TrialRow:
     notes = ["the plan's default"] if record.is_default else []
     if record.error:
         notes = [record.error.strip().splitlines()[-1][:300]]
+    if record.proposal is not None:
+        notes.append(f"from {record.proposal.origin}")
     notes += [f"lost on {host}, run again" for host in record.losses]
     return TrialRow(
         number=record.number,

@@ -33,7 +33,11 @@ def robustness_seconds(budget: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Conclusion:
-    """What the last stage is made from."""
+    """What the last stage is made from.
+
+    Attributes:
+        slots: trials that ran at once.
+    """
 
     directory: Path
     recipe: Recipe
@@ -46,6 +50,7 @@ class Conclusion:
     importance: Mapping[str, float]
     sampler: str
     clock: Clock
+    slots: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,9 @@ from medray.plan.machine import Machine
 from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
+from medray.search.past import WARM, Proposal, propose, shipped, studies_in
 from medray.search.space import Space
+from medray.search.storage import DATABASE
 from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
@@ -188,6 +190,7 @@ class _Study:
                     importance=importance,
                     sampler=sampler,
                     clock=self.clock,
+                    slots=concurrency,
                 )
             )
 
@@ -325,7 +328,23 @@ class _Study:
             for part in parameter.path.split("."):
                 value = value[part] if isinstance(value, dict) else None
             defaults[parameter.path] = value
-        return StudyDriver(self.space, self.asked.study, self.objectives, self.directory, defaults)
+        study = self.asked.study
+        proposals: list[Proposal] = []
+        if study.warm_start and not (self.directory / DATABASE).exists():  # a study that has begun keeps its own
+            proposals = propose(
+                self.space,
+                defaults,
+                self.recipe.fingerprint,
+                [*studies_in(self.directory.parent, besides=self.directory), *shipped()],
+                objective=self.objective[0],
+                count=min(WARM, study.trials // 4),
+            )
+        for proposal in proposals:
+            self._tell(
+                "note",
+                f"early trial from {proposal.origin} (distance {proposal.distance:.1f}, {proposal.gain:+.4f} there)",
+            )
+        return StudyDriver(self.space, study, self.objectives, self.directory, defaults, proposals)
 
     def _final(self, records: Sequence[TrialRecord], session: RaySession) -> list[tuple[str, Trained]]:
         """Train trial 0's experiment, and the best trial's where that is another, with what remains: each as long."""
