@@ -199,6 +199,11 @@ def test_a_portfolio_that_is_not_there_or_damaged_is_empty(tmp_path: Path) -> No
     assert [study.name for study in shipped(tmp_path / "good.json")] == ["x"]
 
 
+def test_the_shipped_portfolio_can_be_read() -> None:
+    found = shipped()
+    assert found and all(study.best and all(tried.gain > 0 for tried in study.best) for study in found)
+
+
 # In a study ----------------------------------------------------------------------------------------------------------
 
 

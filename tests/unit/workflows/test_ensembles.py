@@ -317,3 +317,29 @@ def test_scores_say_how_many_voxels_are_whose(recipes):
     found = judged(recipes["seg"], [("a", untrained(recipes["seg"]))], metric="dice", indices=(0, 1))[1]["a"]
     assert len(found.sampled) == 2 and sum(found.sampled) == len(found.targets)
     assert classified([[0.1, 0.2]], [0]).sampled == ()
+
+
+# The contest ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_contest_ranks_all_that_can_be_made_and_names_the_best_single(recipes, tmp_path):
+    from medray.config.schema import StudyConfig
+    from medray.workflows.clock import Clock
+    from medray.workflows.contest import Conclusion, hold_contest
+
+    recipe = recipes["cls"]
+    finalists = tuple((name, untrained(recipe, seed)) for seed, name in enumerate(("default", "a", "b")))
+    asked = Conclusion(
+        directory=tmp_path, recipe=recipe, study=StudyConfig(), source="", command="", objective=("val/auc", "max"),
+        finalists=finalists, records=(), importance={}, sampler="", clock=Clock(tmp_path / "clock.json", 1e6),
+    )  # fmt: skip
+    splits = replace(recipe.splits(recipe.experiment()), val=tuple(range(16)))
+    contest = hold_contest(asked, splits, "auc")
+    names = [candidate.name for candidate in contest.candidates]
+    assert names[:4] == ["default", "a", "b", "average of 3"] and "vote of 3" in names
+    assert contest.single in ("default", "a", "b")
+    assert contest.scores[contest.winner].value == max(found.value for found in contest.scores.values())
+    alone, all_three = (contest.latency_ms(contest.named(name)) for name in ("a", "average of 3"))
+    assert 0 < alone < all_three
+    plain = replace(asked, study=StudyConfig(ensemble=False))
+    assert [c.name for c in hold_contest(plain, splits, "auc").candidates] == ["default", "a", "b"]
