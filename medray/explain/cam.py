@@ -62,7 +62,7 @@ def explain(
     """Where the bundle's network looked.
 
     Args:
-        bundle: any, also int8 and ensembles (the mean over members).
+        bundle: any, also int8 and ensembles (the members' mean, weighted as they are).
         image: as a reader gives it.
         method: gradcam or gradcam++.
         target: a class, by name or index; None for the answer itself: the likeliest class, or the largest structure.

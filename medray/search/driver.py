@@ -201,6 +201,11 @@ class StudyDriver:
         return self._earlier_seconds + time.monotonic() - self._opened
 
     @property
+    def proposals(self) -> list[Proposal]:
+        """What the trials right after the default are, as earlier studies found it."""
+        return [Proposal(**proposal) for proposal in self._proposals]
+
+    @property
     def running(self) -> frozenset[int]:
         """Trials that were asked for in this process and have not ended."""
         return frozenset(self._running)

@@ -34,7 +34,7 @@ WARM = 3
 """Configurations that are tried first, at most; and never more than a quarter of the trials."""
 _KEPT = 5  # of one study
 _MOST_FOLDERS = 500
-_MOST_BYTES = 2 << 20
+_MOST_BYTES, _MOST_YAML = 2 << 20, 200_000
 _MOST_TEXT = 300
 
 
@@ -216,7 +216,7 @@ def _folders(runs: Path) -> Iterator[Path]:
 def read_study(folder: Path) -> Past | None:
     """A past study from its folder; None where it has not ended, found nothing, or can't be read."""
     try:
-        asked = yaml.safe_load(_text(folder / "study.yaml"))
+        asked = yaml.safe_load(_text(folder / "study.yaml", _MOST_YAML))
         rows = list(csv.DictReader(_text(folder / "leaderboard.csv").splitlines()))
         fingerprint = Fingerprint.model_validate(json.loads(_text(folder / "fingerprint.json")))
         objective = next(name for name in rows[0] if name not in ("trial", "state", "seconds", "origin"))
@@ -234,8 +234,8 @@ def read_study(folder: Path) -> Past | None:
         return None
 
 
-def _text(path: Path) -> str:
-    if path.stat().st_size > _MOST_BYTES:
+def _text(path: Path, most: int = _MOST_BYTES) -> str:
+    if path.stat().st_size > most:
         raise ValueError(f"{path} is too large")
     return path.read_text(encoding="utf-8")
 

@@ -130,11 +130,13 @@ class _Timer(Answers):
 
 
 def _library(asked: Conclusion) -> list[tuple[str, Trained]]:
-    """The best trials that ended and kept their predictions."""
+    """The best trials that ended and kept their predictions, but for those that are finalists as they are."""
     name, direction = asked.objective
     sign = 1.0 if direction == "max" else -1.0
     ended = [record for record in asked.records if record.state == "completed" and name in record.metrics]
     ended = [record for record in ended if (Path(record.directory) / PREDICTIONS).is_file()]
+    finalists = {trained.directory for _, trained in asked.finalists}
+    ended = [record for record in ended if Path(record.directory) not in finalists]
     found: list[tuple[str, Trained]] = []
     for record in sorted(ended, key=lambda record: -sign * record.metrics[name])[:LIBRARY]:
         with suppress(MedrayError, OSError, ValueError, KeyError, TypeError):  # a damaged folder is not worth a study

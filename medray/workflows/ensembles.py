@@ -221,6 +221,8 @@ def greedy_soup(
     """
     sign = 1.0 if direction == "max" else -1.0
     order = sorted(singles, key=lambda pair: -sign * scores[pair[0]].value)
+    if len(order) < 3:
+        return None  # of two there is the one soup, which stands already
     name, first = order[0]
     inside, best, soup = [first], scores[name], None
     for _, trained in order[1:]:

@@ -4,7 +4,7 @@
       study.yaml        what was asked for; --resume reads it
       manifest.json     fingerprint.json     experiment.yaml (trial 0: the plan's own default)
       study.db          every trial, as Optuna stores it
-      trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial
+      trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial; validation.npz of a classifier
       final/<name>/     the finalists, trained with what remains of the budget
       clock.json        what is spent     leaderboard.csv     report.html     result.json     bundle/
       state.json        whether it runs, and who runs it     log.jsonl     every event and log line, workers' too
@@ -276,6 +276,9 @@ class _Study:
                     "stage",
                     f"searching for {plan.search:.0f} s: trials of {plan.trial:.0f} s, {concurrency} at once",
                 )
+                for found in driver.proposals:
+                    far = f"distance {found.distance:.1f}, {found.gain:+.4f} over the default there"
+                    self._tell("note", f"early trial from {found.origin} ({far})")
                 costs = tuple(name for name in self.objectives if name in COSTS)
                 run_trials(
                     driver,
@@ -338,11 +341,6 @@ class _Study:
                 [*studies_in(self.directory.parent, besides=self.directory), *shipped()],
                 objective=self.objective[0],
                 count=min(WARM, study.trials // 4),
-            )
-        for proposal in proposals:
-            self._tell(
-                "note",
-                f"early trial from {proposal.origin} (distance {proposal.distance:.1f}, {proposal.gain:+.4f} there)",
             )
         return StudyDriver(self.space, study, self.objectives, self.directory, defaults, proposals)
 
