@@ -264,8 +264,10 @@ def record(name: str, folder: Path = TABLES, *, limit: int | None = None) -> Pat
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{name} {place + 1}/{len(points)} {plain}: {max(curve[1]):.4f}, {curve[0][-1]:.1f} s", flush=True)
     default = recipe.experiment().model_dump(mode="json")
+    plain_default = {path: default[path.partition(".")[0]][path.partition(".")[2]] for path in setting.grid}
+    # Where the plan leaves a width to the network, the widest recorded is the nearest to its own.
     nearest = [
-        _nearest(values, default[path.split(".")[0]][path.split(".")[1]] or values[-1], path)
+        values[-1] if plain_default[path] is None else _nearest(values, plain_default[path], path)
         for path, values in setting.grid.items()
     ]
     document = {
