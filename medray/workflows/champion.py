@@ -101,9 +101,9 @@ class Scores:
         """The study's metric over all cases."""
         return self.statistic(*self.arrays)
 
-    def interval(self) -> Interval:
-        """The value with its 95 % bootstrap interval over patients."""
-        return bootstrap(self.arrays, self.statistic, groups=self.groups)
+    def interval(self, *, n: int = 2000) -> Interval:
+        """The value with its 95 % bootstrap interval over patients, of ``n`` draws."""
+        return bootstrap(self.arrays, self.statistic, groups=self.groups, n=n)
 
     def intervals(self) -> dict[str, Interval]:
         """Every metric that a report shows, each with its interval."""
@@ -384,9 +384,9 @@ def temperature_of(scores: Scores) -> float:
     return fit_temperature(scores.logits, scores.targets, scores.kind)
 
 
-def difference(champion: Scores, default: Scores) -> Interval:
-    """Champion minus default, with a 95 % interval of the paired bootstrap over patients."""
-    return paired_bootstrap(champion.arrays, default.arrays, champion.groups, champion.statistic)
+def difference(champion: Scores, default: Scores, *, n: int = 2000) -> Interval:
+    """Champion minus default, with a 95 % interval of the paired bootstrap over patients, of ``n`` draws."""
+    return paired_bootstrap(champion.arrays, default.arrays, champion.groups, champion.statistic, n=n)
 
 
 def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray[Any]:

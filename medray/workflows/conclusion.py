@@ -45,6 +45,9 @@ from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
 
+DRAWS = 500
+"""Of the bootstrap of each candidate; there may be a dozen, and some metrics take milliseconds a draw."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Concluded:
@@ -260,9 +263,9 @@ def _candidate_row(contest: Contest, candidate: Candidate) -> CandidateRow:
     found, best = contest.scores[candidate.name], contest.scores[contest.single]
     return CandidateRow(
         name=candidate.name,
-        validation=_interval(found.interval()),
+        validation=_interval(found.interval(n=DRAWS)),
         chosen=candidate.name == contest.winner,
-        difference=None if candidate.name == contest.single else _interval(choosing.difference(found, best)),
+        difference=None if candidate.name == contest.single else _interval(choosing.difference(found, best, n=DRAWS)),
         latency_ms=contest.latency_ms(candidate),
     )
 

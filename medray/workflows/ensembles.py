@@ -13,6 +13,7 @@ weights that were fitted without its patient. Every one of them exports as one b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,10 @@ FEWEST_PATIENTS = 8
 PICKS = 12
 MOST = 6
 """Members of an ensemble: each costs its whole latency."""
+ROWS = 100_000
+"""Voxels that weights are fitted to, about, at most."""
+PATIENCE = 10.0
+"""Seconds that greedy selection may take; of many cases and a slow metric it isn't tried."""
 PRIOR = 10.0
 """Cases that the equal weights of a stack count for."""
 LEAST = 0.03
@@ -183,7 +188,12 @@ def further(
         found.append((vote, vote))
     if len(set(lead.groups.tolist())) >= FEWEST_PATIENTS:
         said = _said(recipe, networks, lead, known)
+        began = time.monotonic()
+        said.value(said.shares[0])
+        once = time.monotonic() - began
         for name, fit in (("greedy", greedy(direction)), ("stack", stack)):
+            if name == "greedy" and once * PICKS * len(networks) * (FOLDS + 1) > PATIENCE:
+                continue
             weights, by_case = cross_fitted(fit, said)
             kept = np.flatnonzero(weights)
             if len(kept) < 2:
@@ -275,6 +285,8 @@ def _said(recipe: Recipe, networks: Sequence[Network], lead: Scores, known: Answ
         logits = [np.stack([known.get(network, index) for index in lead.indices]) for network in networks]  # type: ignore[misc]
     shares = np.stack([probabilities(rows, lead.kind) for rows in logits]).astype(np.float64)
     seen = np.ones(len(case), bool) if lead.kind == "multilabel" else targets != IGNORE
+    if lead.kind == "segmentation":
+        seen &= np.arange(len(case)) % max(1, len(case) // ROWS) == 0
     return _Said(
         kind=lead.kind,
         metric=lead.metric,
