@@ -35,7 +35,10 @@ def render_card(
     names = ", ".join(dict.fromkeys(config.name for config in spec.members))
     network = f"{names} ({parameters:,} parameters)"
     if len(spec.members) > 1:
-        network = f"ensemble of {len(spec.members)} networks, averaged probabilities: {network}"
+        how = "votes counted" if spec.vote else "averaged probabilities"
+        if spec.weights is not None:
+            how += ", weighted " + ", ".join(f"{weight:.2f}" for weight in spec.weights)
+        network = f"ensemble of {len(spec.members)} networks, {how}: {network}"
     lines = [
         f"# Model card: {_text(spec.name)}",
         "",

@@ -118,7 +118,7 @@ class Bundle:
                     f"{path}: these are not weights of {config.name!r} as configured ({first})"
                 ) from error
             members.append(member)
-        return combine(members, spec.kind)
+        return combine(members, spec.kind, spec.weights, "vote" if spec.vote else "mean")
 
     def golden(self) -> tuple[Floats, Floats]:
         """Golden inputs (N, C, *s) and torch's fp32 logits for them (N, K[, *s]).

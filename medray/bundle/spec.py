@@ -75,6 +75,10 @@ class BundleSpec(_Part):
     members: tuple[ModelConfig, ...] = Field(
         min_length=1, max_length=64, description="an ensemble averages their probabilities"
     )
+    weights: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None, description="of the members in that average, of sum 1; null: all alike"
+    )
+    vote: bool = Field(False, description="the members' decisions are averaged, not their probabilities")
     files: dict[Inside, FileEntry] = Field(max_length=256)
     metrics: dict[str, float | None] = Field(default_factory=dict, max_length=1000)
     versions: dict[str, str] = Field(default_factory=dict, max_length=100)
@@ -103,6 +107,12 @@ class BundleSpec(_Part):
             raise ValueError(f"inference.flip_axes {self.inference.flip_axes} must be below ndim={self.ndim}")
         if (self.thresholds is not None) and (self.kind != "multilabel" or len(self.thresholds) != len(self.classes)):
             raise ValueError("thresholds belong to multilabel bundles, one for each class")
+        if self.weights is not None and (
+            len(self.weights) != len(self.members) or abs(sum(self.weights) - 1) > 1e-3 or self.vote
+        ):
+            raise ValueError("weights belong to averages: one for each member, of sum 1")
+        if self.vote and self.kind == "segmentation":
+            raise ValueError("a segmentation is put together from windows, of which each would vote apart")
         if self.pruned is not None and len(self.members) != 1:
             raise ValueError("a pruned bundle has one member")
         if self.kind == "segmentation" and len(self.classes) > 255:

@@ -18,7 +18,7 @@ from torch import nn
 
 from medray import __version__
 from medray.bundle.card import render_card, render_history
-from medray.bundle.ensemble import combine
+from medray.bundle.ensemble import Rule, combine
 from medray.bundle.export import to_onnx
 from medray.bundle.files import locate, sha256
 from medray.bundle.read import GOLDEN_NAME, ONNX_NAME, Bundle
@@ -48,6 +48,8 @@ def write_bundle(
     inference: InferenceSpec,
     models: Sequence[nn.Module],
     configs: Sequence[ModelConfig],
+    weights: Sequence[float] | None = None,
+    rule: Rule = "mean",
     name: str = "bundle",
     modality: Modality = "other",
     temperature: float = 1.0,
@@ -70,6 +72,8 @@ def write_bundle(
         inference: how the network is applied.
         models: one network, or an ensemble's members; their weights are copied.
         configs: one catalogue entry for each model.
+        weights: of the models in an ensemble's average; None: all alike.
+        rule: whether an ensemble averages probabilities or decisions.
         name: shown in cards and answers.
         temperature, thresholds: of the calibration.
         golden: (N, C, *s) prepared arrays; at most four are kept. They travel with the bundle: with images that may not
@@ -91,7 +95,7 @@ def write_bundle(
             f"{len(models)} models and {len(configs)} model configs: give one config for each of at least one model"
         )
     twins = [copy.deepcopy(model).float().cpu().eval() for model in models]
-    network = combine(twins, kind)
+    network = combine(twins, kind, weights, rule)
     inputs = golden_inputs(golden, channels=channels, ndim=ndim, preprocess=preprocess, inference=inference)
     torch_predictor = TorchPredictor(network)
     logits = torch_predictor(inputs)
@@ -121,6 +125,8 @@ def write_bundle(
             thresholds=None if thresholds is None else tuple(thresholds),
             # The weights are here: a rebuilt network must not go looking for its pretrained ones.
             members=tuple(config.model_copy(update={"pretrained": None}) for config in configs),
+            weights=None if weights is None else tuple(weights),
+            vote=rule == "vote",
             files={},
             metrics=dict(metrics or {}),
             versions=_versions(),
@@ -129,8 +135,8 @@ def write_bundle(
             intended_use=intended_use,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        weights = sum(p.numel() for p in network.parameters())
-        card = render_card(spec, parameters=weights, experiment=experiment, fingerprint=fingerprint, notes=notes)
+        parameters = sum(p.numel() for p in network.parameters())
+        card = render_card(spec, parameters=parameters, experiment=experiment, fingerprint=fingerprint, notes=notes)
         (partial / "card.md").write_text(card, encoding="utf-8")
         seal(partial, spec)
         opened = Bundle.open(partial)

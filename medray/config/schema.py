@@ -69,6 +69,13 @@ class AugmentConfig(Section):
     """Random transforms of training samples. Each ``p_*`` is a probability; ``strength`` scales every range."""
 
     strength: Fraction = 1.0
+    policy: Literal["each", "rand", "trivial"] = Field(
+        "each",
+        description="each: every transform by its own probability; rand: policy_count of those whose probability is "
+        "above 0, drawn anew for each sample (RandAugment); trivial: one of them (TrivialAugment)",
+    )
+    policy_count: int = Field(2, ge=1, le=16, description="rand: transforms that a sample gets")
+    p_policy: Fraction = Field(1.0, description="rand, trivial: share of the samples that get any")
     adaptive: bool = Field(
         False, description="strength follows the validation: down a tenth where it falls, up where it rises clearly"
     )
@@ -349,3 +356,6 @@ class StudyConfig(Section):
     ensemble: bool = Field(True, description="let an ensemble win where it is better on validation")
     select: SelectConfig = SelectConfig()
     nas: NasConfig = NasConfig()
+    warm_start: bool = Field(
+        True, description="try what won on the nearest data sets, of earlier runs and a shipped list, after trial 0"
+    )

@@ -7,6 +7,10 @@ they can't fold (Choi and Lee, 2000). Intensities change relative to each sample
 the same whatever the normalisation. What scanners do wrong comes from MONAI (bias field, truncation ringing, k-space
 spikes, histogram shift); motion ghosts, which it lacks, are here.
 
+``policy`` says how transforms are drawn: each by its own probability, or so many a sample from all that have one, as
+RandAugment does (Cubuk et al., 2020; arXiv:1909.13719), or one alone, as TrivialAugment does (Müller and Hutter, 2021;
+arXiv:2103.10158). How strong one is, is drawn evenly from its range in all three.
+
 ``strength`` scales every range; 0 is the identity. Shapes: images (B, C, *s) float32, masks (B, *s), any number type.
 """
 
@@ -79,6 +83,9 @@ class Augment:
             (config.p_noise, self._noise),
         ]  # in the order in which a scanner would do it: field and contrast, optics, sampling, noise last
         self._steps = [(p, step) for p, step in steps if p > 0]
+        flips = [f"flip-{axis}" for axis in config.flip_axes if config.p_flip > 0]
+        moves = [name for name, p in (("affine", config.p_affine), ("elastic", config.p_elastic)) if p > 0]
+        self._names = [*moves, *flips, *(step.__name__ for _, step in self._steps)]
         scanner = config.p_bias_field + config.p_histogram_shift + config.p_ghosting + config.p_spike
         self.imports = ("monai.transforms",) if scanner > 0 and config.strength > 0 else ()
         for name in self.imports:  # seconds, which had better not be those of a training step
@@ -119,8 +126,8 @@ class Augment:
         size = tuple(images.shape[2:] if size is None else size)
         if config.strength == 0:
             return _centre(images, size), None if masks is None else _centre(masks, size)
-        affine = torch.rand(len(images), generator=generator) < config.p_affine
-        elastic = torch.rand(len(images), generator=generator) < config.p_elastic
+        drawn = self._lot(len(images), generator)
+        affine, elastic = drawn("affine", config.p_affine), drawn("elastic", config.p_elastic)
         rows = (affine | elastic).nonzero().flatten()
         whole, whole_masks = images, masks
         images = _centre(whole, size).clone()
@@ -131,21 +138,27 @@ class Augment:
             if masks is not None and whole_masks is not None:
                 masks[rows] = _labels_at(whole_masks[rows], grid)
         for axis in config.flip_axes:
-            rows = self._draw(config.p_flip, len(images), generator)
+            rows = drawn(f"flip-{axis}", config.p_flip).nonzero().flatten()
             if len(rows):
                 images[rows] = images[rows].flip(axis + 2)
                 if masks is not None:
                     masks[rows] = masks[rows].flip(axis + 1)
         for p, step in self._steps:
-            rows = self._draw(p, len(images), generator)
+            rows = drawn(step.__name__, p).nonzero().flatten()
             if len(rows):
                 images[rows] = step(images[rows], generator)
         return images, masks
 
-    @staticmethod
-    def _draw(p: float, size: int, generator: torch.Generator) -> Tensor:
-        """Rows that a transform of probability ``p`` takes."""
-        return (torch.rand(size, generator=generator) < p).nonzero().flatten()
+    def _lot(self, size: int, generator: torch.Generator) -> Callable[[str, float], Tensor]:
+        """Which samples (B,) a transform, given with its own probability, takes; to be asked once for each."""
+        config = self.config
+        if config.policy == "each":
+            return lambda _, p: torch.rand(size, generator=generator) < p
+        count = 1 if config.policy == "trivial" else min(config.policy_count, len(self._names))
+        order = torch.rand(size, len(self._names), generator=generator).argsort(dim=1)
+        taken = (order < count) & (torch.rand(size, 1, generator=generator) < config.p_policy)
+        columns = dict(zip(self._names, taken.unbind(dim=1), strict=True))
+        return lambda name, _: columns.get(name, torch.zeros(size, dtype=torch.bool))
 
     def _symmetric(self, generator: torch.Generator, *shape: int) -> Tensor:
         """Uniform in -strength..strength."""

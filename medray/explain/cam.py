@@ -62,7 +62,7 @@ def explain(
     """Where the bundle's network looked.
 
     Args:
-        bundle: any, also int8 and ensembles (the mean over members).
+        bundle: any, also int8 and ensembles (the members' mean, weighted as they are).
         image: as a reader gives it.
         method: gradcam or gradcam++.
         target: a class, by name or index; None for the answer itself: the likeliest class, or the largest structure.
@@ -82,11 +82,12 @@ def explain(
     windows = list(_windows(bundle, np.asarray(array, dtype=np.float32)))
     if chosen is None:
         chosen = _answer(bundle, network, windows)
+    shares = network.shares if isinstance(network, EnsembleModel) else (1.0,)
     total, layer = None, ""
-    for member in members:
+    for member, share in zip(members, shares, strict=True):
         heat, name = _heat(bundle, member, windows, chosen, method)
         layer = layer or name
-        total = heat if total is None else total + heat
+        total = share * heat if total is None else total + share * heat
     assert total is not None
     inner = tuple(slice(0, n) for n in array.shape[1:])
     restored = bundle.restore_map(total[inner], geometry)

@@ -57,12 +57,52 @@ class TrialRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmRow:
+    """A configuration that an earlier study found, tried right after the default.
+
+    Attributes:
+        origin: the study or data set.
+        distance: between the two data sets' fingerprints; 0 for the same.
+        there: by how much it beat the default there.
+        here: the same here; None where the trial did not end.
+    """
+
+    trial: int
+    origin: str
+    distance: float
+    there: float
+    here: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateRow:
-    """One thing that could have become the champion."""
+    """One thing that could have become the champion.
+
+    Attributes:
+        difference: to the best single network, paired, on the same validation cases; None for that one itself.
+        latency_ms: of one case, the networks alone, one after another, as they ran here.
+    """
 
     name: str
     validation: Interval
     chosen: bool
+    difference: Interval | None = None
+    latency_ms: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rivalry:
+    """The champion against the best single network, on the cases that the gain was measured on.
+
+    Attributes:
+        single: its name.
+        latency_ms: the single network's and the champion's.
+    """
+
+    single: str
+    value: Interval
+    difference: Interval
+    latency_ms: tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +119,13 @@ class StudySummary:
     candidates: tuple[CandidateRow, ...]
     importance: dict[str, float]
     curves: dict[str, tuple[tuple[float, float], ...]] = field(metadata={"points": "seconds of training, objective"})
+    rivalry: Rivalry | None = None
+    warm: tuple[WarmRow, ...] = ()
+    warm_note: str = ""
+    overhead: float = field(
+        default=float("nan"),
+        metadata={"share": "of the study's wall clock, 0..1: neither trained nor measured"},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

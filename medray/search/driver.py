@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ from medray.config.schema import StudyConfig
 from medray.errors import StudyError
 from medray.search import pareto
 from medray.search.importance import Importance, measure_importance
+from medray.search.past import Proposal
 from medray.search.pruning import RULES
 from medray.search.samplers import (
     OUTSIDE,
@@ -66,6 +68,7 @@ class StudyDriver:
         objectives: metric → ``max`` or ``min``; the first is the one that a single number is shown of.
         directory: the study's folder; trials lie in ``trials/<number>``.
         default_params: the default Experiment's values at the space's paths (others are ignored).
+        proposals: of the space, tried right after the default; an opened study keeps those that it began with.
 
     Raises:
         StudyError: the folder holds another study (space, objectives, seed), is in use, or the sampler doesn't fit.
@@ -78,6 +81,7 @@ class StudyDriver:
         objectives: Mapping[str, Direction],
         directory: Path,
         default_params: Mapping[str, Any],
+        proposals: Sequence[Proposal] = (),
     ) -> None:
         if not objectives:
             raise StudyError("a study needs at least one objective; set study.objectives, such as {val/dice: max}")
@@ -88,6 +92,7 @@ class StudyDriver:
         self.default_params = space.active(default_params)
         self.default_in_space = space.contains(self.default_params)
         self._rule = RULES[config.pruner]
+        self._proposals = [asdict(proposal) for proposal in proposals if space.contains(proposal.params)]
         self._file = StudyFile(self.directory)
         try:
             self._study = self._open_study()
@@ -136,12 +141,14 @@ class StudyDriver:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(self.objectives))
+            study.set_user_attr("proposals", self._proposals)
             study.set_user_attr("setup", asked)
             # Read back, since JSON turns tuples into lists.
             stored = study.user_attrs["setup"]
         self._check_setup(stored, json.loads(json.dumps(asked)))
         self.sampler_name: SamplerName = stored["sampler"]
         self._planned = int(stored["trials"])
+        self._proposals = list(study.user_attrs.get("proposals", ()))
         return study
 
     def _choose_sampler(self) -> SamplerName:
@@ -177,7 +184,7 @@ class StudyDriver:
         """Why the study must stop, once it must: the default trial, or each of the first trials, has failed."""
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state == TrialState.WAITING:
-                continue  # the default, queued by a process that died before it began: ask() takes it up
+                continue  # queued by a process that died before it began: ask() takes it up
             self._ids[trial.number] = trial._trial_id
             self._params[trial.number] = dict(trial.user_attrs.get("params", {}))
             self._histories[trial.number] = list(trial.user_attrs.get("history", []))
@@ -200,6 +207,11 @@ class StudyDriver:
     def spent(self) -> float:
         """Seconds that processes have held this study open, those that were killed included (to a few seconds)."""
         return self._earlier_seconds + time.monotonic() - self._opened
+
+    @property
+    def proposals(self) -> list[Proposal]:
+        """What the trials right after the default are, as earlier studies found it."""
+        return [Proposal(**proposal) for proposal in self._proposals]
 
     @property
     def running(self) -> frozenset[int]:
@@ -248,8 +260,12 @@ class StudyDriver:
         return self.directory / "trials" / f"{number:04d}"
 
     def _create(self) -> int:
-        if not self._ids and self.default_in_space and not self._study.get_trials(states=(TrialState.WAITING,)):
-            self._study.enqueue_trial(self.space.encode(self.default_params))
+        number = len(self._ids)
+        if not self._study.get_trials(states=(TrialState.WAITING,)):
+            if number == 0 and self.default_in_space:
+                self._study.enqueue_trial(self.space.encode(self.default_params))
+            elif 1 <= number <= len(self._proposals):
+                self._study.enqueue_trial(self.space.encode(self._proposals[number - 1]["params"]))
         trial = self._study.ask()
         self._ids[trial.number] = trial._trial_id
         self._histories[trial.number] = []
@@ -458,6 +474,7 @@ class StudyDriver:
         state = _STATES[trial.state]
         if state == "running" and trial.number == 0 and self.fatal is not None:
             state = "failed"
+        proposed = 1 <= trial.number <= len(self._proposals)
         return TrialRecord(
             number=trial.number,
             state=state,
@@ -476,6 +493,7 @@ class StudyDriver:
             ended=attrs.get("ended"),
             error=attrs.get("error") if state == "failed" else None,
             directory=self.trial_directory(trial.number),
+            proposal=Proposal(**self._proposals[trial.number - 1]) if proposed else None,
         )
 
     def counts(self) -> dict[State, int]:

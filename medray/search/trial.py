@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from medray.search.past import Proposal
+
 Direction = Literal["max", "min"]
 TrialState = Literal["running", "completed", "pruned", "failed"]
 EventKind = Literal["started", "progress", "retried", "pruned", "completed", "failed"]
@@ -106,6 +108,8 @@ class TrialRecord:
     """Seconds that the study had been open when the trial ended."""
     losses: tuple[str, ...] = ()
     """The machines with which the trial's process was lost; it was run again after each."""
+    proposal: Proposal | None = None
+    """Where its parameters come from, if an earlier study found them."""
 
     @property
     def feasible(self) -> bool:

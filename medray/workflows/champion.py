@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from medray.bundle.ensemble import Rule
 from medray.data.image import Image
 from medray.data.manifest import IGNORE, Case, TaskKind
 from medray.data.preprocess import Preprocessor
@@ -40,10 +41,19 @@ Corrupt = Callable[[Image], Image]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One network, or several whose probabilities are averaged."""
+    """One network, or several whose probabilities are averaged, or whose votes are counted.
+
+    Attributes:
+        weights: of the members in the average, positive, of sum 1; None: all alike.
+        by_case: weights of cases (by index) on which ``weights`` were fitted: there they would be judged by what they
+            know. Those given here were fitted without the case's patient, and may be 0.
+    """
 
     name: str
     members: tuple[Network, ...]
+    weights: tuple[float, ...] | None = None
+    rule: Rule = "mean"
+    by_case: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def lead(self) -> Network:
@@ -60,6 +70,7 @@ class Scores:
         groups: (N,) the patient of each.
         dice, hd95: (N, K - 1) per foreground class, NaN where it is absent in both; segmentation.
         logits, targets: (N, K) and (N,) or (N, K); classification. Voxel samples for calibration in segmentation.
+        sampled: (N,) how many of those voxels are of each case; segmentation.
     """
 
     kind: TaskKind
@@ -69,6 +80,7 @@ class Scores:
     hd95: npt.NDArray[np.float64] | None = None
     logits: Floats | None = None
     targets: npt.NDArray[np.int64] | None = None
+    sampled: tuple[int, ...] = ()
     metric: str = "dice"
 
     @property
@@ -89,9 +101,9 @@ class Scores:
         """The study's metric over all cases."""
         return self.statistic(*self.arrays)
 
-    def interval(self) -> Interval:
-        """The value with its 95 % bootstrap interval over patients."""
-        return bootstrap(self.arrays, self.statistic, groups=self.groups)
+    def interval(self, *, n: int = 2000) -> Interval:
+        """The value with its 95 % bootstrap interval over patients, of ``n`` draws."""
+        return bootstrap(self.arrays, self.statistic, groups=self.groups, n=n)
 
     def intervals(self) -> dict[str, Interval]:
         """Every metric that a report shows, each with its interval."""
@@ -121,22 +133,24 @@ def candidates_of(recipe: Recipe, finalists: Sequence[tuple[str, Trained]], *, e
     if not ensemble or len(finalists) < 2:
         return found
     lead = finalists[0][1]
-    alike = [trained for _, trained in finalists if _sees_alike(trained, lead)]
+    alike = [trained for _, trained in finalists if sees_alike(trained, lead)]
     if len(alike) > 1:
         found.append(Candidate(name=f"average of {len(alike)}", members=tuple(alike)))
         same = [trained for trained in alike if trained.experiment.model == lead.experiment.model]
-        soup = _soup(recipe, same) if len(same) > 1 else None
+        soup = soup_of(recipe, same) if len(same) > 1 else None
         if soup is not None:
             found.append(Candidate(name=f"soup of {len(same)}", members=(soup,)))
     return found
 
 
-def _sees_alike(one: Trained, other: Trained) -> bool:
+def sees_alike(one: Network, other: Network) -> bool:
+    """Whether a bundle could prepare images and lay windows in one way for both."""
     a, b = one.experiment, other.experiment
     return a.preprocess == b.preprocess and a.train.patch_size == b.train.patch_size and a.inference == b.inference
 
 
-def _soup(recipe: Recipe, members: Sequence[Trained]) -> Network | None:
+def soup_of(recipe: Recipe, members: Sequence[Network]) -> Network | None:
+    """The mean of the weights of networks of one kind; None where batch statistics can't be averaged."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in members[0].model.modules()):
         return None
     lead = members[0]
@@ -150,12 +164,47 @@ def _soup(recipe: Recipe, members: Sequence[Trained]) -> Network | None:
     return Network(model=model.eval(), experiment=lead.experiment)
 
 
+class Answers:
+    """What networks said of cases, so that none runs twice on one, and how long each took.
+
+    Args:
+        limit: bytes that are kept; beyond, networks run again.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self._left, self._kept = limit, dict[tuple[int, int], Floats]()
+        self._members: dict[int, Network] = {}  # kept alive, so that no other gets its id
+        self._seconds: dict[int, list[float]] = {}
+
+    def get(self, member: Network, index: int) -> Floats | None:
+        """Logits (K,) or probabilities (K, *s) of a case, if they are kept."""
+        return self._kept.get((id(member), index))
+
+    def put(self, member: Network, index: int, answer: Floats, seconds: float | None = None) -> None:
+        """Keep an answer, while there is room, and the time that it took."""
+        self._members[id(member)] = member
+        if seconds is not None:
+            self._seconds.setdefault(id(member), []).append(seconds)
+        if answer.nbytes <= self._left:
+            self._left -= answer.nbytes
+            self._kept[id(member), index] = answer
+
+    def whole(self, members: Sequence[Network], indices: Sequence[int]) -> bool:
+        """Whether nothing would have to run again."""
+        return all((id(member), index) in self._kept for member in members for index in indices)
+
+    def seconds(self, member: Network) -> float:
+        """Median of one case, the network alone; NaN where it has not run."""
+        return float(np.median(found)) if (found := self._seconds.get(id(member))) else math.nan
+
+
 @dataclass(kw_only=True)
 class _Tally:
     dice: list[npt.NDArray[np.float64]] = field(default_factory=list)
     hd95: list[npt.NDArray[np.float64]] = field(default_factory=list)
     logits: list[Floats] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
 
 
 def score(
@@ -167,6 +216,7 @@ def score(
     corrupt: Corrupt | None = None,
     distances: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    known: Answers | None = None,
 ) -> dict[str, Scores]:
     """Score candidates on cases, each on the image's own grid, each network running once a case whoever shares it.
 
@@ -178,7 +228,9 @@ def score(
         corrupt: applied to an image as read, before preparation.
         distances: measure HD95 too (it costs more than Dice).
         stop: asked before each case; True ends early, with the cases so far.
+        known: what networks said of these cases before, and where to keep what they say now; of cases as they are.
     """
+    known = Answers(limit=0) if known is None else known
     manifest = recipe.manifest
     kind, classes = manifest.task, outputs(manifest)
     tallies = {candidate.name: _Tally() for candidate in candidates}
@@ -204,23 +256,29 @@ def score(
                 )
                 prepared[how] = preprocessor.prepare(image)
             array, geometry = prepared[how]
+            if (said := known.get(member, index)) is not None:
+                answers[key] = said
+                continue
+            began = time.monotonic()
             if kind == "segmentation":
                 answers[key] = segment_prepared(predictors[key], array, member.experiment)
             else:
                 flips = member.experiment.augment.flip_axes if member.experiment.inference.tta else ()
                 answers[key] = classify(predictors[key], array[None], flip_axes=flips)[0]
+            known.put(member, index, answers[key], time.monotonic() - began)
         for candidate in candidates:
             tally = tallies[candidate.name]
             parts = [answers[id(member)] for member in candidate.members]
+            weights = candidate.by_case.get(index, candidate.weights)
             if kind != "segmentation":
-                tally.logits.append(_mean_logits(parts, kind))
+                tally.logits.append(_mean_logits(parts, kind, weights, candidate.rule))
                 tally.targets.append(case.label)
                 continue
             assert mask is not None
             lead = candidate.lead.experiment
             preprocessor = Preprocessor(lead.preprocess, ndim=manifest.ndim, channels=manifest.channels)
             array, geometry = prepared[lead.preprocess.model_dump_json()]
-            mean = _mean(parts)
+            mean = _mean(parts, weights)
             labels: npt.NDArray[Any] = preprocessor.restore_argmax(mean, geometry)
             if lead.inference.keep_largest:
                 labels = keep_largest(labels, classes)
@@ -235,6 +293,7 @@ def score(
             logits, targets = sample_voxels(mean, target, count=2000, seed=index)
             tally.logits.append(logits)
             tally.targets.append(targets)
+            tally.sampled.append(len(targets))
         done.append(index)
     return {name: _collect(kind, metric, tally, done, manifest.cases) for name, tally in tallies.items()}
 
@@ -251,6 +310,7 @@ def _collect(kind: TaskKind, metric: str, tally: _Tally, done: list[int], cases:
             hd95=np.stack(tally.hd95) if tally.hd95 else None,
             logits=np.concatenate(tally.logits),
             targets=np.concatenate(tally.targets),
+            sampled=tuple(tally.sampled),
         )
     return Scores(
         kind=kind,
@@ -262,24 +322,39 @@ def _collect(kind: TaskKind, metric: str, tally: _Tally, done: list[int], cases:
     )
 
 
-def _mean(parts: Sequence[Floats]) -> Floats:
+def _mean(parts: Sequence[Floats], weights: Sequence[float] | None = None) -> Floats:
     """Mean of probabilities, without holding more than one sum."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total if len(parts) == 1 else total / np.float32(len(parts))
+    if len(parts) == 1:
+        return parts[0]
+    shares = [1 / len(parts)] * len(parts) if weights is None else weights
+    total = np.float32(shares[0]) * parts[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        if share:
+            total += np.float32(share) * part
+    return total
 
 
-def _mean_logits(parts: Sequence[Floats], kind: TaskKind) -> Floats:
-    """Logits of the mean probability, as :class:`medray.bundle.ensemble.EnsembleModel` gives them; finite when sure."""
+def _mean_logits(
+    parts: Sequence[Floats], kind: TaskKind, weights: Sequence[float] | None = None, rule: Rule = "mean"
+) -> Floats:
+    """Logits of the mean probability, or of the votes, as :class:`medray.bundle.ensemble.EnsembleModel` gives them."""
     if len(parts) == 1:
         return parts[0]
     logits = np.stack(parts).astype(np.float64)
+    count, classes = logits.shape
+    if rule == "vote":
+        if kind == "multilabel":
+            yes = (logits > 0).sum(axis=0)
+            return (np.log(yes + 0.5) - np.log(count - yes + 0.5)).astype(np.float32)
+        votes = np.bincount(logits.argmax(axis=1), minlength=classes)
+        return np.log((votes + 1 / classes) / (count + 1)).astype(np.float32)
+    with np.errstate(divide="ignore"):  # a weight of 0
+        shares = np.log([1 / count] * count if weights is None else list(weights))[:, None]
     if kind == "multilabel":
-        yes, no = -np.logaddexp(0.0, -logits), -np.logaddexp(0.0, logits)
+        yes, no = shares - np.logaddexp(0.0, -logits), shares - np.logaddexp(0.0, logits)
         return (np.logaddexp.reduce(yes, axis=0) - np.logaddexp.reduce(no, axis=0)).astype(np.float32)
-    shares = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    return (np.logaddexp.reduce(shares, axis=0) - math.log(len(parts))).astype(np.float32)
+    mixed = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True) + shares
+    return np.logaddexp.reduce(mixed, axis=0).astype(np.float32)
 
 
 def choose(scores: Mapping[str, Scores], first: str, direction: Direction) -> str:
@@ -309,9 +384,9 @@ def temperature_of(scores: Scores) -> float:
     return fit_temperature(scores.logits, scores.targets, scores.kind)
 
 
-def difference(champion: Scores, default: Scores) -> Interval:
-    """Champion minus default, with a 95 % interval of the paired bootstrap over patients."""
-    return paired_bootstrap(champion.arrays, default.arrays, champion.groups, champion.statistic)
+def difference(champion: Scores, default: Scores, *, n: int = 2000) -> Interval:
+    """Champion minus default, with a 95 % interval of the paired bootstrap over patients, of ``n`` draws."""
+    return paired_bootstrap(champion.arrays, default.arrays, champion.groups, champion.statistic, n=n)
 
 
 def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray[Any]:
@@ -323,7 +398,7 @@ def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray
         segment_prepared(predictor_of(m.model, m.experiment, resolve_device(m.experiment.device)), array, m.experiment)
         for m in candidate.members
     ]
-    labels = preprocessor.restore_argmax(_mean(parts), geometry)
+    labels = preprocessor.restore_argmax(_mean(parts, candidate.weights), geometry)
     return keep_largest(labels, outputs(manifest)) if lead.inference.keep_largest else labels
 
 

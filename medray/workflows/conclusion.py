@@ -18,7 +18,6 @@ import torch
 
 from medray import __version__
 from medray.bundle.spec import INTENDED_USE
-from medray.config.schema import StudyConfig
 from medray.data.image import Image
 from medray.learn.corrupt import CORRUPTIONS, Corruption, corrupt
 from medray.learn.intervals import Interval as Estimate
@@ -29,51 +28,27 @@ from medray.report.data import (
     Gain,
     Interval,
     ReportData,
+    Rivalry,
     RobustnessRow,
     SiteRow,
     StudySummary,
     TrialRow,
+    WarmRow,
 )
 from medray.report.render import write_report
-from medray.search.nas.loop import Found
-from medray.search.selection import Chooser
 from medray.search.trial import TrialRecord
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
-from medray.workflows.clock import Clock
-from medray.workflows.judging import Direction, spread
+from medray.workflows.contest import Conclusion, Contest, hold_contest, robustness_seconds
+from medray.workflows.judging import spread
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
-from medray.workflows.selecting import Quiet, crown
 from medray.workflows.selection_results import plain, selection_summary
-from medray.workflows.training import Trained
 
-
-def robustness_seconds(budget: float) -> float:
-    """What of a study's budget the robustness section may take."""
-    return max(3.0, budget / 20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conclusion:
-    """What the last stage is made from."""
-
-    directory: Path
-    recipe: Recipe
-    study: StudyConfig
-    source: str
-    command: str
-    objective: tuple[str, Direction]
-    finalists: tuple[tuple[str, Trained], ...]
-    records: tuple[TrialRecord, ...]
-    importance: Mapping[str, float]
-    sampler: str
-    clock: Clock
-    chooser: Chooser
-    quiet: Quiet
-    found: Found | None = None
+DRAWS = 500
+"""Of the bootstrap of each candidate; there may be a dozen, and some metrics take milliseconds a draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +92,15 @@ def _numbers(figures: tuple[float, ...]) -> list[float | None]:
 def conclude(asked: Conclusion) -> Concluded:
     """Choose on validation cases, measure on test cases, write ``bundle/``, ``report.html`` and ``leaderboard.csv``."""
     recipe, directory = asked.recipe, asked.directory
-    metric, direction = asked.objective[0].removeprefix("val/"), asked.objective[1]
+    metric = asked.objective[0].removeprefix("val/")
     splits = recipe.splits(asked.finalists[0][1].experiment)
-    candidates = choosing.candidates_of(recipe, asked.finalists, ensemble=asked.study.ensemble)
-    on_validation = choosing.score(recipe, candidates, splits.val, metric=metric)
-    crowning = None
-    if asked.chooser.is_plain:
-        winner = choosing.choose(on_validation, candidates[0].name, direction)
-    else:
-        crowning = crown(candidates, on_validation, asked.chooser, asked.objective[0], asked.records, asked.quiet)
-        winner = crowning.winner
-    champion = next(candidate for candidate in candidates if candidate.name == winner)
-    default = candidates[0]
+    contest = hold_contest(asked, splits, metric)
+    candidates, on_validation, winner = contest.candidates, contest.scores, contest.winner
+    crowning = contest.crowning
+    champion, default, single = contest.named(winner), candidates[0], contest.named(contest.single)
     temperature = choosing.temperature_of(on_validation[winner])
 
-    pair = [champion] if champion is default else [champion, default]
+    pair = list({candidate.name: candidate for candidate in (champion, default, single)}.values())
     if splits.test:
         began = time.monotonic()
         measured = choosing.score(recipe, pair, splits.test, metric=metric, distances=True)
@@ -161,7 +130,7 @@ def conclude(asked: Conclusion) -> Concluded:
         intended_use=INTENDED_USE,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         data=data_summary(recipe, asked.source, splits),
-        study=_study_summary(asked, candidates, on_validation, winner),
+        study=_study_summary(asked, contest, measured),
         gain=gain,
         metrics={name: _interval(found) for name, found in metrics.items()},
         sites=_sites(recipe, best),
@@ -286,9 +255,7 @@ def _sites(recipe: Recipe, scores: Scores) -> tuple[SiteRow, ...]:
     return tuple(rows)
 
 
-def _study_summary(
-    asked: Conclusion, candidates: list[Candidate], scores: Mapping[str, Scores], winner: str
-) -> StudySummary:
+def _study_summary(asked: Conclusion, contest: Contest, measured: Mapping[str, Scores]) -> StudySummary:
     name, direction = asked.objective
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
     for label, trained in asked.finalists:
@@ -309,13 +276,76 @@ def _study_summary(
         sampler=asked.sampler,
         pruner=asked.study.pruner,
         trials=tuple(_trial_row(record) for record in asked.records),
-        candidates=tuple(
-            CandidateRow(name=c.name, validation=_interval(scores[c.name].interval()), chosen=c.name == winner)
-            for c in candidates
-        ),
+        candidates=tuple(_candidate_row(contest, candidate) for candidate in contest.candidates),
+        rivalry=_rivalry(contest, measured),
+        warm=_warm_rows(asked),
+        warm_note=_warm_note(asked),
+        overhead=_search_overhead(asked),
         importance=dict(asked.importance),
         curves=curves,
     )
+
+
+def _candidate_row(contest: Contest, candidate: Candidate) -> CandidateRow:
+    found, best = contest.scores[candidate.name], contest.scores[contest.single]
+    return CandidateRow(
+        name=candidate.name,
+        validation=_interval(found.interval(n=DRAWS)),
+        chosen=candidate.name == contest.winner,
+        difference=None if candidate.name == contest.single else _interval(choosing.difference(found, best, n=DRAWS)),
+        latency_ms=contest.latency_ms(candidate),
+    )
+
+
+def _rivalry(contest: Contest, measured: Mapping[str, Scores]) -> Rivalry | None:
+    """None where the champion is the best single network."""
+    if contest.winner == contest.single:
+        return None
+    single = measured[contest.single]
+    return Rivalry(
+        single=contest.single,
+        value=_interval(single.interval()),
+        difference=_interval(choosing.difference(measured[contest.winner], single)),
+        latency_ms=(
+            contest.latency_ms(contest.named(contest.single)),
+            contest.latency_ms(contest.named(contest.winner)),
+        ),
+    )
+
+
+def _warm_rows(asked: Conclusion) -> tuple[WarmRow, ...]:
+    name, direction = asked.objective
+    sign = 1.0 if direction == "max" else -1.0
+    ended = {record.number: sign * record.metrics[name] for record in asked.records if record.values is not None}
+    rows = []
+    for record in asked.records:
+        if record.proposal is not None:
+            here = ended[record.number] - ended[0] if record.number in ended and 0 in ended else None
+            found = record.proposal
+            rows.append(
+                WarmRow(trial=record.number, origin=found.origin, distance=found.distance, there=found.gain, here=here)
+            )
+    return tuple(rows)
+
+
+def _warm_note(asked: Conclusion) -> str:
+    """Why nothing was tried early."""
+    if not asked.study.warm_start:
+        return "Off: study.warm_start=false."
+    if not asked.records:
+        return "There was no search."
+    return "No earlier study of data near enough found something that this space holds and the default is not."
+
+
+def _search_overhead(asked: Conclusion) -> float:
+    """Share of the study's wall clock in which the search neither trained nor measured; NaN where there was none.
+
+    What starts processes, proposes and keeps books, and slots that wait for the last trial.
+    """
+    if not asked.records:
+        return float("nan")
+    busy = sum(record.seconds for record in asked.records) / max(1, asked.slots)
+    return max(0.0, asked.clock.stages.get("search", 0.0) - busy) / max(asked.clock.spent, 1e-9)
 
 
 def _trial_row(record: TrialRecord) -> TrialRow:
@@ -324,6 +354,8 @@ def _trial_row(record: TrialRecord) -> TrialRow:
         notes.append(f"not trained: breaks {', '.join(record.extras.get('refused', ()))}")
     if record.error:
         notes = [record.error.strip().splitlines()[-1][:300]]
+    if record.proposal is not None:
+        notes.append(f"from {record.proposal.origin}")
     notes += [f"lost on {host}, run again" for host in record.losses]
     return TrialRow(
         number=record.number,

@@ -76,6 +76,7 @@ def make_validate(
     num_classes: int,
     runtime: Runtime,
     examples: Examples | None = None,
+    predictions: Callable[[Sequence[int], npt.NDArray[Any]], None] | None = None,
 ) -> Validate:
     """A function of the model that fit() calls: ``val/...`` metrics over the validation cases.
 
@@ -85,7 +86,8 @@ def make_validate(
     Of many cases to segment only some are looked at while training goes on: a validation that took a tenth of a short
     trial could not be repeated often enough to stop it early. The choice of the champion looks at all.
 
-    ``examples`` is told what was found in one case, each time, by the main process.
+    ``examples`` is told what was found in one case, each time, by the main process; ``predictions`` the cases and their
+    logits (N, K), of a classifier.
     """
     if kind == "segmentation":
         indices = spread(indices, GLANCE)
@@ -117,6 +119,8 @@ def make_validate(
             flips = experiment.augment.flip_axes if experiment.inference.tta else ()
             logits[list(mine)] = classify(predictor, arrays, flip_axes=flips)
         logits = runtime.reduce({"logits": logits})["logits"]
+        if predictions is not None and runtime.is_main:
+            predictions(indices, logits)
         targets = np.asarray([store.label(index) for index in indices])
         found = all_metrics(kind, targets, probabilities(logits, kind))
         return {f"val/{name}": value for name, value in found.items()}

@@ -75,6 +75,8 @@ def write_champion(
         ),
         models=[member.model for member in champion.members],
         configs=[member.experiment.model for member in champion.members],
+        weights=champion.weights,
+        rule=champion.rule,
         temperature=temperature,
         thresholds=thresholds,
         experiment=lead,

@@ -5,7 +5,7 @@
       manifest.json     fingerprint.json     experiment.yaml (trial 0: the plan's own default)
       study.db          every trial, as Optuna stores it
       nas/              where study.nas asks for it: the architecture search, its genotype and a picture of its cells
-      trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial
+      trials/<number>/  experiment.yaml, checkpoint, weights, error.txt of each trial; validation.npz of a classifier
       final/<name>/     the finalists, trained with what remains of the budget
       clock.json        what is spent     leaderboard.csv     report.html     result.json     bundle/
       state.json        whether it runs, and who runs it     log.jsonl     every event and log line, workers' too
@@ -34,14 +34,17 @@ from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
 from medray.search.nas.loop import Found
+from medray.search.past import WARM, Proposal, propose, shipped, studies_in
 from medray.search.selection import MEASURED
 from medray.search.space import Space
+from medray.search.storage import DATABASE
 from medray.search.trial import TrialEvent, TrialRecord
 from medray.workflows import architecture
 from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
-from medray.workflows.conclusion import Concluded, Conclusion, conclude, robustness_seconds
+from medray.workflows.conclusion import Concluded, conclude
+from medray.workflows.contest import Conclusion, robustness_seconds
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
 from medray.workflows.judging import GLANCE, OBJECTIVE, Direction
@@ -197,6 +200,7 @@ class _Study:
                     chooser=self.chooser,
                     quiet=self.quiet,
                     found=self.found,
+                    slots=concurrency,
                 )
             )
 
@@ -318,6 +322,9 @@ class _Study:
                     "stage",
                     f"searching for {plan.search:.0f} s: trials of {plan.trial:.0f} s, {concurrency} at once",
                 )
+                for found in driver.proposals:
+                    far = f"distance {found.distance:.1f}, {found.gain:+.4f} over the default there"
+                    self._tell("note", f"early trial from {found.origin} ({far})")
                 run_trials(
                     driver,
                     run_trial,
@@ -374,7 +381,18 @@ class _Study:
             for part in parameter.path.split("."):
                 value = value[part] if isinstance(value, dict) else None
             defaults[parameter.path] = value
-        return StudyDriver(self.space, self.asked.study, self.objectives, self.directory, defaults)
+        study = self.asked.study
+        proposals: list[Proposal] = []
+        if study.warm_start and not (self.directory / DATABASE).exists():  # a study that has begun keeps its own
+            proposals = propose(
+                self.space,
+                defaults,
+                self.recipe.fingerprint,
+                [*studies_in(self.directory.parent, besides=self.directory), *shipped()],
+                objective=self.objective[0],
+                count=min(WARM, study.trials // 4),
+            )
+        return StudyDriver(self.space, study, self.objectives, self.directory, defaults, proposals)
 
     def _final(self, records: Sequence[TrialRecord], session: RaySession) -> list[tuple[str, Trained]]:
         """Train trial 0's experiment, and the best trial's where that is another, with what remains: each as long."""

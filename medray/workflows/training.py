@@ -33,6 +33,7 @@ from medray.workflows.examples import Examples
 from medray.workflows.judging import OBJECTIVE, Direction, make_validate
 from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import default_cache, dump, prepare_directory
+from medray.workflows.predictions import Predictions
 from medray.workflows.private import OBJECTIVE as PRIVATE_OBJECTIVE
 from medray.workflows.private import begin, private_validate
 from medray.workflows.recipe import Recipe
@@ -184,9 +185,11 @@ def _train_here(
     if tracker is None:
         tracker = TensorBoardTracker(directory / "tensorboard") if runtime.is_main else NullTracker()
     examples = Examples(store, Trackers([tracker]))
+    predictions = Predictions(directory, run.objective)
 
     def validated(progress: Progress) -> bool:
         examples.draw(progress)
+        predictions.keep(progress)
         return on_validation is not None and on_validation(progress)
 
     result = fit(
@@ -195,7 +198,14 @@ def _train_here(
         train_loader(store, run.indices, experiment, kind=kind, num_classes=classes),
         build_loss(experiment.loss, kind=kind, num_classes=classes),
         validate=make_validate(
-            store, splits.val, experiment, kind=kind, num_classes=classes, runtime=runtime, examples=examples
+            store,
+            splits.val,
+            experiment,
+            kind=kind,
+            num_classes=classes,
+            runtime=runtime,
+            examples=examples,
+            predictions=predictions.take,
         ),
         objective=run.objective,
         runtime=runtime,

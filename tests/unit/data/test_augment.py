@@ -171,3 +171,63 @@ def test_configurations_that_do_not_fit() -> None:
         only(2, flip_axes=(2,))
     with pytest.raises(ConfigError, match="must not be above"):
         only(2, scale=(1.2, 0.8))
+
+
+# Policies ------------------------------------------------------------------------------------------------------------
+
+
+def counted(**config: Any) -> torch.Tensor:
+    """How many transforms each of 400 samples got: every transform adds 1 to the image."""
+    augment = only(2, **{"strength": 1.0, **config})
+    names = [step.__name__ for _, step in augment._steps]
+    augment._steps = [(p, _adds_one(name)) for (p, _), name in zip(augment._steps, names, strict=True)]
+    images = torch.zeros(400, 1, 8, 8)
+    out, _ = augment(images, None, generator(3))
+    return out[:, 0, 0, 0]
+
+
+def _adds_one(name: str) -> Any:
+    def step(images: torch.Tensor, _generator: torch.Generator) -> torch.Tensor:
+        return images + 1
+
+    step.__name__ = name
+    return step
+
+
+SOME = {"p_brightness": 0.01, "p_contrast": 0.5, "p_gamma": 0.2, "p_noise": 0.1, "p_blur": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"policy": "rand", "policy_count": 3}, 3),
+        ({"policy": "trivial", "policy_count": 3}, 1),
+        ({"policy": "rand", "policy_count": 16}, 5),  # there are no more
+    ],
+    ids=str,
+)
+def test_a_policy_gives_each_sample_so_many(config: Any, count: int) -> None:
+    assert (counted(**SOME, **config) == count).all()
+
+
+def test_a_policy_takes_its_share_of_the_samples() -> None:
+    found = counted(**SOME, policy="rand", policy_count=2, p_policy=0.3)
+    assert set(found.tolist()) == {0, 2} and 0.2 < (found > 0).float().mean() < 0.4
+
+
+def test_a_policy_draws_all_that_have_a_probability_alike_and_no_others() -> None:
+    augment = only(2, **SOME, policy="trivial", flip_axes=(1,), p_flip=0.5, p_elastic=0.001)
+    drawn = augment._lot(6000, generator())
+    shares = {name: drawn(name, 0.0).float().mean().item() for name in augment._names}
+    assert len(shares) == 7 and all(abs(share - 1 / 7) < 0.03 for share in shares.values())
+    assert not drawn("_spike", 1.0).any() and not drawn("affine", 1.0).any()
+
+
+@pytest.mark.parametrize("policy", ["rand", "trivial"])
+def test_a_policy_of_nothing_is_the_identity_and_draws_the_same_again(policy: str) -> None:
+    images, masks = shapes(2)
+    out, labels = only(2, policy=policy)(images, masks, generator())
+    assert torch.equal(out, images) and labels is not None and masks is not None and torch.equal(labels, masks)
+    moving = only(2, policy=policy, p_affine=0.1, p_noise=0.1, p_elastic=0.1)
+    first, second = moving(images, masks, generator(5)), moving(images, masks, generator(5))
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[0], images)

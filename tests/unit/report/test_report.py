@@ -23,6 +23,7 @@ from medray.report.data import (
     Interval,
     Picture,
     ReportData,
+    Rivalry,
     RobustnessRow,
     SegmentationCase,
     SegmentationResults,
@@ -30,6 +31,7 @@ from medray.report.data import (
     SiteRow,
     StudySummary,
     TrialRow,
+    WarmRow,
 )
 from medray.report.render import duration, figure, interval, render, value, write_report
 
@@ -296,6 +298,31 @@ def test_a_study_without_search_has_no_leaderboard():
 def test_measured_on_the_cases_that_chose_is_called_optimistic():
     given = report(gain=replace(report().gain, measured_on="validation"))
     assert "Optimistic" in Page(render(given)).words and "Optimistic" not in Page(render(report())).words
+
+
+def test_candidates_stand_against_the_best_single_network():
+    rows = (
+        CandidateRow(name="default", validation=Interval(value=0.8), chosen=False, latency_ms=3.21),
+        CandidateRow(
+            name="stack of 2", validation=Interval(value=0.9), chosen=True, latency_ms=7.65,
+            difference=Interval(value=0.1, low=0.0123, high=0.2),
+        ),
+    )  # fmt: skip
+    rivalry = Rivalry(
+        single="trial-7", value=Interval(value=0.8), latency_ms=(3.21, 7.65),
+        difference=Interval(value=0.0456, low=-0.01, high=0.09),
+    )  # fmt: skip
+    shown = render(report(study=study(candidates=rows, rivalry=rivalry)))
+    assert "0.1000 (0.0123 to 0.2000)" in shown and "0.0456 (-0.0100 to 0.0900)" in shown
+    assert ("trial-7" in shown and "3.2" in shown and "7.7" in shown) or "7.6" in shown
+    assert "over the best single network, trial-7" not in render(report())
+
+
+def test_what_was_found_elsewhere_is_shown_and_why_if_nothing_was():
+    warm = (WarmRow(trial=1, origin=HOSTILE, distance=0.42, there=0.031, here=None),)
+    shown = render(report(study=study(warm=warm, overhead=0.034)))
+    assert "0.42" in shown and "0.0310" in shown and HOSTILE not in shown and "3.4 %" in shown
+    assert "There was no search." in render(report(study=study(warm_note="There was no search.")))
 
 
 @pytest.mark.parametrize(("direction", "order"), [("max", ["2", "0", "3", "1"]), ("min", ["0", "2", "3", "1"])])

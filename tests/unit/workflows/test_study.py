@@ -14,9 +14,19 @@ from medray.config.schema import StudyConfig
 from medray.engines.ray.session import RaySession
 from medray.errors import ConfigError, StudyError
 from medray.report.data import Gain, Interval
+from medray.search.past import Proposal, read_study
 from medray.search.trial import TrialRecord
 from medray.workflows.asked import Asked, new, resumed, save
-from medray.workflows.conclusion import Concluded, _headline, _leaderboard, _losses, _trial_row
+from medray.workflows.conclusion import (
+    Concluded,
+    _headline,
+    _leaderboard,
+    _losses,
+    _search_overhead,
+    _trial_row,
+    _warm_note,
+    _warm_rows,
+)
 from medray.workflows.study import _Study
 
 SPACE = """
@@ -181,6 +191,46 @@ def test_the_report_says_what_was_lost_with_a_machine():
     }
     assert _trial_row(records[0]).note == "the plan's default; lost on 10.0.0.2, run again"
     assert _losses(records[1:2]) == {} and _trial_row(records[1]).note == ""
+
+
+def test_the_report_says_what_came_of_what_others_found():
+    early = Proposal(params={"optim.lr": 0.1}, origin="liver", distance=0.4, gain=0.05)
+    records = (
+        record(0, "completed", values=(0.5,), metrics={"val/loss": 0.5}),
+        record(1, "completed", values=(0.3,), metrics={"val/loss": 0.3}, proposal=early),
+        record(2, "pruned", metrics={"val/loss": 0.1}, proposal=early),
+    )
+    asked = SimpleNamespace(objective=("val/loss", "min"), records=records, study=StudyConfig())
+    first, second = _warm_rows(asked)
+    assert (first.trial, first.origin, first.distance, first.there) == (1, "liver", 0.4, 0.05)
+    assert first.here == pytest.approx(0.2) and second.here is None  # what was stopped has come to nothing yet
+    assert _trial_row(records[1]).note == "from liver"
+    assert _warm_note(SimpleNamespace(study=StudyConfig(warm_start=False), records=records)).startswith("Off")
+    assert _warm_note(SimpleNamespace(study=StudyConfig(), records=())) == "There was no search."
+
+
+def test_what_the_search_itself_cost_is_what_no_trial_trained():
+    records = tuple(record(number, "completed", seconds=20.0) for number in range(4))
+    clock = SimpleNamespace(stages={"search": 50.0}, spent=200.0)
+    assert _search_overhead(SimpleNamespace(records=records, slots=2, clock=clock)) == pytest.approx(0.05)
+    assert math.isnan(_search_overhead(SimpleNamespace(records=(), slots=2, clock=clock)))
+
+
+def test_a_study_that_ended_is_a_past_study_for_the_next(tmp_path):
+    """What the leaderboard writes of every kind of value, a later study reads as it was."""
+    from tests.unit.search.test_past import fingerprint
+
+    params = {"a.rate": 1e-05, "a.flag": True, "a.sizes": [32, 64], "a.name": "dice_ce", "a.count": 3}
+    records = (
+        record(0, "completed", metrics={"val/dice": 0.5}, params=dict.fromkeys(params, 1)),
+        record(1, "completed", metrics={"val/dice": 0.75}, params=params | {"a.none": None}),  # is left to the default
+    )
+    _leaderboard(tmp_path / "leaderboard.csv", SimpleNamespace(objective=("val/dice", "max"), records=records))
+    save(tmp_path, Asked(source="x", explicit={}, study=StudyConfig(), space={}, command="c"))
+    fingerprint().save(tmp_path / "fingerprint.json")
+    found = read_study(tmp_path)
+    assert found is not None and found.objective == "val/dice"
+    assert [(tried.params, tried.gain) for tried in found.best] == [(params, 0.25)]
 
 
 def test_the_headline_says_what_was_measured_where():
