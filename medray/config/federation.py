@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
 
 Strategy = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedbn", "median", "trimmed_mean", "krum"]
+FEWEST_UNSEEN = 3
+"""Sites whose sum may be known under secure aggregation."""
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -60,6 +62,11 @@ class FederationConfig(Section):
     compression: Literal["none", "int8", "topk"] = Field(
         "none", description="of updates on their way to the server; what is lost is sent with the next one"
     )
+    secure_aggregation: bool = Field(
+        False,
+        description="the server sees the sum of the sites' updates alone; it takes three sites, and more than half of "
+        "those that trained in a round, to open one",
+    )
     top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
     partition: PartitionConfig = PartitionConfig()
 
@@ -70,4 +77,25 @@ class FederationConfig(Section):
                 f"federation.strategy=krum with byzantine={self.byzantine} needs a quorum of at least "
                 f"{self.byzantine + 3} (n - f - 2 >= 1 neighbours); it is {self.quorum}"
             )
+        if self.secure_aggregation:
+            self._possible_unseen()
         return self
+
+    def _possible_unseen(self) -> None:
+        """What can be done with a sum alone."""
+        if self.strategy in ("median", "trimmed_mean", "krum"):
+            raise ValueError(
+                f"federation.strategy={self.strategy} compares the sites' updates with each other, and under "
+                "federation.secure_aggregation nobody sees any: the server has their sum alone. Choose fedavg, "
+                "fedprox, fedadam, fedyogi or fedadagrad"
+            )
+        if self.compression != "none":
+            raise ValueError(
+                f"federation.compression={self.compression} can't be summed under federation.secure_aggregation: each "
+                "site's codes have a scale, or places, of their own. Set it to none; updates are quantised alike there"
+            )
+        if self.quorum < FEWEST_UNSEEN:
+            raise ValueError(
+                f"federation.quorum={self.quorum} under federation.secure_aggregation must be {FEWEST_UNSEEN} or more: "
+                "of a sum of two each site can take away its own, and has the other's"
+            )

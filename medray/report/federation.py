@@ -46,11 +46,12 @@ class RoundRow:
     seconds: float
     down: int = field(metadata={"unit": "bytes to the sites"})
     up: int = field(metadata={"unit": "bytes from the sites"})
+    discarded: str | None = None
 
     @property
     def trouble(self) -> bool:
-        """Whether a site is named."""
-        return bool(self.late or self.failed or self.quarantined)
+        """Whether a site is named, or the round moved nothing."""
+        return bool(self.late or self.failed or self.quarantined or self.discarded)
 
 
 @dataclass(frozen=True, kw_only=True)

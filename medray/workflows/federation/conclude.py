@@ -28,7 +28,7 @@ from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.federation.rounds import Federated
 from medray.workflows.federation.shared import put
-from medray.workflows.federation.showing import curves, round_row, settings, shown
+from medray.workflows.federation.showing import aggregation, curves, round_row, settings, shown
 from medray.workflows.federation.site import SiteFolder, kept_state
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
@@ -316,7 +316,9 @@ def _report(
 
 def _protection(experiment: Experiment) -> str:
     """How what left the sites was protected; said aloud."""
-    privacy = experiment.privacy
+    privacy, seen = experiment.privacy, aggregation(experiment)
+    if not privacy.on and experiment.federation.secure_aggregation:
+        return f"{seen} There was no differential privacy: the sums, and the model, may tell of the cases."
     if not privacy.on:
         return (
             "The updates of this federation left the sites as they were: no differential privacy and no secure "
@@ -325,7 +327,7 @@ def _protection(experiment: Experiment) -> str:
     return (
         f"Each site trained by DP-SGD: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit}, "
         f"added or removed, over all rounds, accounted by {privacy.accountant}. No figure measured at a site left it. "
-        "The number of training cases of a site, the shapes, and the classes count as public. No secure aggregation. "
+        f"The number of training cases of a site, the shapes, and the classes count as public. {seen} "
         "The figures of this page were measured here, in a simulation, and are not private; the comparisons were "
         "trained without privacy."
     )

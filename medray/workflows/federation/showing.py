@@ -14,7 +14,7 @@ from medray.report.data import Interval as Shown
 from medray.report.federation import RoundRow
 from medray.workflows.federation.rounds import Federated
 
-__all__ = ["curves", "headline_of", "round_row", "settings", "shown"]
+__all__ = ["aggregation", "curves", "headline_of", "round_row", "settings", "shown"]
 
 
 def shown(found: Interval) -> Shown:
@@ -64,6 +64,18 @@ def round_row(entry: Mapping[str, Any]) -> RoundRow:
         seconds=float(entry["seconds"]),
         down=int(entry["down"]),
         up=int(entry["up"]),
+        discarded=entry.get("discarded"),
+    )
+
+
+def aggregation(experiment: Experiment) -> str:
+    """What the server saw of the sites' updates; said aloud."""
+    if not experiment.federation.secure_aggregation:
+        return "No secure aggregation: the server sees each site's update."
+    return (
+        "Secure aggregation (Bonawitz et al. 2017): of a round's updates the server learns the sum, over three sites "
+        "at least, and no single one. It takes the quorum, and more than half of the sites that trained, to open it. "
+        "What the sums of several rounds tell together, it does not hide."
     )
 
 
@@ -89,6 +101,7 @@ def settings(
         "Rounds": f"{federation.rounds} of {local} at each site; best after {federated.best_round}",
         "Quorum, deadline": f"{federation.quorum} updates, {federation.deadline:g} s",
         "Compression": federation.compression,
+        "Secure aggregation": "yes" if federation.secure_aggregation else "no",
         "Sites from": sites,
         "Wall clock": f"{seconds:.0f} s",
         "Machine": machine,

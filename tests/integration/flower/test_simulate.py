@@ -176,11 +176,13 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
         simulate_federation(None, overrides(table, **more), out=tmp_path / "refused")
 
 
-def test_on_ray_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
+def test_on_ray_and_under_secure_aggregation_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
     """In a process of its own: Flower ends the Ray session that it has used."""
     outcomes = []
-    for engine in ("here", "ray"):
-        words = [*overrides(table, federation__rounds="2"), "--out", engine, "--engine", engine, "--no-compare"]
+    for engine, secure in (("here", "false"), ("ray", "true")):
+        settings = {"federation__quorum": "3", "federation__secure_aggregation": secure}
+        words = [*overrides(table, federation__rounds="2", **settings), "--out", engine]
+        words += ["--engine", engine, "--no-compare"]
         command = [sys.executable, "-m", "medray", "federate", "simulate", *words]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
@@ -189,3 +191,5 @@ def test_on_ray_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stdout + done.stderr
         outcomes.append(json.loads((tmp_path / engine / "outcome.json").read_text())["metrics"]["log_loss"][0])
     assert outcomes[0] == pytest.approx(outcomes[1], abs=1e-5)
+    page = (tmp_path / "ray" / "report.html").read_text(encoding="utf-8")
+    assert "the server learns the sum" in page and "no differential privacy" in page

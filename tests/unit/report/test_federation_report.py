@@ -51,6 +51,20 @@ def test_sites_rounds_and_comparison_are_shown(tmp_path: Path) -> None:
     assert page.count("<svg") == 2 and "none at all" in page and "–" in page
     quiet = write_federation_report(report(rounds=report().rounds[:1]), tmp_path / "quiet.html").read_text("utf-8")
     assert "No site was late" in quiet
+    lost = RoundRow(
+        number=1,
+        ok=2,
+        late=(),
+        failed=(),
+        quarantined=(),
+        attempts=1,
+        seconds=1.0,
+        down=1,
+        up=1,
+        discarded="2 of 4 sites <left>",
+    )
+    page = write_federation_report(report(rounds=(lost,)), tmp_path / "lost.html").read_text("utf-8")
+    assert "2 of 4 sites &lt;left&gt;" in page
 
 
 def test_what_a_site_calls_itself_is_escaped(tmp_path: Path) -> None:
