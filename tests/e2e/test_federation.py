@@ -25,12 +25,10 @@ from safetensors.numpy import load_file
 MEDRAY = [sys.executable, "-m", "medray"]
 SITES = ("bonn", "jena", "kiel", "wien")
 SECONDS = 400.0
-ROUNDS = 2
 SETTINGS = [
     "model.name=linear",
     "device=cpu",
     "train.batch_size=16",
-    f"federation.rounds={ROUNDS}",
     "federation.quorum=3",
     "federation.deadline=120",
 ]
@@ -143,7 +141,7 @@ def test_a_network_of_hospitals_by_the_command_line_alone(tmp_path: Path) -> Non
 
 def _runs(folder: Path) -> None:
     start = ["federate", "run", "federations/hearts", *SETTINGS]
-    medray(*start, "federation.secure_aggregation=true", "--out", "secret", cwd=folder)
+    medray(*start, "federation.rounds=2", "federation.secure_aggregation=true", "--out", "secret", cwd=folder)
     ended(folder / "secret")
     record = json.loads((folder / "secret" / "federation.json").read_text(encoding="utf-8"))
     for entry in record["history"]:
@@ -151,7 +149,7 @@ def _runs(folder: Path) -> None:
         assert states == {"bonn": "ok", "jena": "ok", "kiel": "ok", "wien": "failed"}, entry
         assert "norm" not in entry["sites"]["bonn"] and entry["sites"]["bonn"]["cases"] is None
     # kiel takes part in nothing else, wien in nothing at all: below the quorum of three it takes two.
-    medray(*start, "federation.quorum=2", "--out", "clear", cwd=folder)
+    medray(*start, "federation.rounds=1", "federation.quorum=2", "--out", "clear", cwd=folder)
     ended(folder / "clear")
     log = (folder / "clear" / "run.log").read_text(encoding="utf-8")
     assert "kiel failed" in log and "require_secure_aggregation is true" in log and "none of allow.recipes" in log
