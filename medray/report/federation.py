@@ -9,7 +9,7 @@ from medray.report import plots
 from medray.report.data import Interval
 from medray.report.render import environment
 
-__all__ = ["ComparisonRow", "FederationReport", "RoundRow", "SiteRow", "write_federation_report"]
+__all__ = ["AttackRow", "ComparisonRow", "FederationReport", "RoundRow", "SiteRow", "write_federation_report"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,27 @@ class RoundRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """What the loss attack found of who was in a model's training.
+
+    Attributes:
+        model: which.
+        auc: members against others; .5 is guessing.
+        found: share of members found, where ``false_positives`` of the others are taken for members.
+        members, others: cases of either kind.
+        most: what no attack can find more than, by the training's epsilon; None without one.
+    """
+
+    model: str
+    auc: Interval
+    found: Interval
+    false_positives: float
+    members: int
+    others: int
+    most: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FederationReport:
     """All of the page."""
 
@@ -74,6 +95,7 @@ class FederationReport:
     settings: dict[str, str]
     protection: str
     reproduce: dict[str, str]
+    attacks: tuple[AttackRow, ...] = ()
 
 
 def write_federation_report(data: FederationReport, path: Path) -> Path:

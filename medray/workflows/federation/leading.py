@@ -35,7 +35,7 @@ from medray.workflows.champion import Candidate
 from medray.workflows.federation.network import start_run
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
-from medray.workflows.federation.showing import aggregation, curves, headline_of, round_row, settings, shown
+from medray.workflows.federation.showing import aggregation, central, curves, headline_of, round_row, settings, shown
 from medray.workflows.federation.simulate import checked
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
@@ -319,7 +319,7 @@ def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Fede
         rounds=tuple(round_row(entry) for entry in federated.history),
         best_round=federated.best_round,
         settings=settings(experiment, federated, time.monotonic() - began, recipe.machine.note, sites="the network"),
-        protection=f"{PROTECTION} {aggregation(experiment)}",
+        protection=" ".join(filter(None, [PROTECTION, aggregation(experiment), central(experiment)])),
         reproduce={"experiment.yaml": dump(experiment), "Recipe": recipe_digest(experiment)},
     )
     write_federation_report(report, directory / "report.html")

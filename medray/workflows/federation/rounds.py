@@ -19,11 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
-from medray.errors import FederationError
+from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.aggregator import Aggregator
 from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
 from medray.learn.aggregation.compression import decompress
+from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
+from medray.privacy.central import Central
 from medray.privacy.secagg.roster import PublicKeys, read_roster
 from medray.workflows.federation.secure import open_round
 
@@ -106,11 +108,24 @@ class Rounds:
         self.objective, self.tell, self.note, self._latest = objective, tell, note, latest
         self.weights = weights
         self.aggregator = Aggregator(self.config, statistics)
+        self.central = self._central(statistics)
         self.round = 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
         self._document = experiment.model_dump(mode="json")
+
+    def _central(self, statistics: frozenset[str]) -> Central | None:
+        """The noise that this server adds, if any."""
+        if not self.config.privacy.on:
+            return None
+        moving = sorted(statistics & self.weights.keys())
+        if moving:
+            raise PrivacyError(
+                f"federation.privacy.epsilon: the network keeps running statistics ({moving[0]}), which noise would "
+                "break. Set model.norm=group"
+            )
+        return Central(self.config.privacy, self.config.rounds)
 
     def run(self, sites: tuple[str, ...]) -> Federated:
         """All rounds that are left, then a last look at the result.
@@ -180,8 +195,12 @@ class Rounds:
 
     def _stepped(self, now: _Round) -> dict[str, Any]:
         """Move the weights by the sites' updates."""
-        counts = _counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on)
-        self._step([now.updates[name] for name in now.there], counts)
+        updates = [now.updates[name] for name in now.there]
+        if self.central is not None:
+            mean = self.central.mean([flat(update) for update in updates])
+            self._step([shaped(mean, self.weights)], [1.0])
+            return {"clip": self.central.clip}
+        self._step(updates, _counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
         return {}
 
     def _summed(self, now: _Round) -> dict[str, Any]:
@@ -196,15 +215,19 @@ class Rounds:
             for name, count in found.items():
                 now.sites[name][way] = int(now.sites[name].get(way, 0)) + count
         reason, length = opened.reason, 0.0
+        if opened.mean is not None and self.central is not None:
+            total, inside = opened.mean * opened.sites, opened.inside * opened.sites
+            self._step([shaped(self.central.mean_of(total, inside, opened.sites), self.weights)], [1.0])
+            return {"clip": self.central.clip}
         if opened.mean is not None:
-            length = norm(opened.mean)
+            length = float(np.linalg.norm(opened.mean))
             before = [float(entry["norm"]) for entry in self.history[-REMEMBERED:] if "norm" in entry]
             most = self.config.max_norm
             reason = too_long(length, usual_norm(before), outlier=self.config.outlier, most=most)
         if opened.mean is None or reason is not None:
             self.note(f"round {self.round + 1}: discarded: {reason}")
             return {"discarded": str(reason)}
-        self._step([opened.mean], [1.0])
+        self._step([shaped(opened.mean, self.weights)], [1.0])
         return {"norm": length, "cases": opened.weights}
 
     def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
@@ -268,6 +291,10 @@ class Rounds:
             if self.config.secure_aggregation:
                 row |= {"state": "ok", "reason": None}
                 continue
+            if self.central is not None:  # its length is bounded, and said to nobody
+                row |= {"state": "ok", "reason": None}
+                now.updates[name] = update
+                continue
             row["norm"] = norm(update)
             arrived[name] = update
         self._measure(now, arrived)
@@ -324,7 +351,10 @@ class Rounds:
         )
 
     def _parcel(self) -> Parcel:
-        return Parcel(text={"experiment": self._document, "round": self.round}, arrays=self.weights)
+        text: dict[str, Any] = {"experiment": self._document, "round": self.round}
+        if self.central is not None:
+            text["clip"] = self.central.clip
+        return Parcel(text=text, arrays=self.weights)
 
     # -- which round is best
     # ---------------------------------------------------------------------------------------------
@@ -363,6 +393,8 @@ class Rounds:
         newest = f"rounds/{self.round:05d}.safetensors"
         tensors = {f"weights/{name}": value for name, value in self.weights.items()}
         tensors |= {f"server/{name}": value for name, value in self.aggregator.state().items()}
+        if self.central is not None:
+            tensors |= {f"central/{name}": value for name, value in self.central.state().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         _write(self.directory / newest, lambda path: save_file(tensors, str(path)))
         document = {
@@ -398,7 +430,7 @@ class Rounds:
                 f"{path}: these rounds are of another experiment. Choose another folder with --out, or give the same "
                 "settings as before"
             )
-        parts: dict[str, Weights] = {"weights": {}, "server": {}, "best": {}}
+        parts: dict[str, Weights] = {"weights": {}, "server": {}, "best": {}, "central": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
@@ -406,6 +438,8 @@ class Rounds:
             raise FederationError(f"{path}: its weights don't fit the experiment's network. Delete the folder")
         self.weights, self.best_weights = parts["weights"], parts["best"]
         self.aggregator.load_state(parts["server"])
+        if self.central is not None:
+            self.central.load_state(parts["central"])
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from medray.config.schema import Experiment
@@ -21,16 +22,22 @@ from medray.errors import FederationError
 from medray.learn.aggregation.checks import norm, too_long, usual_norm
 from medray.learn.aggregation.fixed import HEAVIEST, Codes, fixed_point, flat
 from medray.learn.aggregation.mean import Weights
+from medray.privacy.central import clipped
 from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
 from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
 
-__all__ = ["STAGES", "Sealing", "topic_of"]
+__all__ = ["STAGES", "Sealing", "alike", "topic_of"]
 
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
 REMEMBERED = 5
 """Rounds whose norms say what is usual here."""
+
+
+def alike(experiment: Experiment) -> bool:
+    """Whether all sites count for one: under privacy, where a site's number of cases could be anything."""
+    return experiment.privacy.on or experiment.federation.privacy.on
 
 
 def topic_of(experiment: Experiment, number: int) -> str:
@@ -51,7 +58,9 @@ class Sealing:
         self.directory, self.name, self._signer_of = directory, name, signer
         self._signer: Signer | None = None
 
-    def begin(self, experiment: Experiment, number: int, update: Weights, cases: int) -> dict[str, str]:
+    def begin(
+        self, experiment: Experiment, number: int, update: Weights, cases: int, *, clip: float | None = None
+    ) -> dict[str, str]:
         """Keep a round's update, and give the public keys of the round.
 
         Args:
@@ -59,6 +68,7 @@ class Sealing:
             number: of the round, from 0.
             update: what this site would add to the weights.
             cases: that trained.
+            clip: the norm that the update may have, where the server adds noise to the sum.
 
         Raises:
             FederationError: the update isn't fit to be summed.
@@ -68,9 +78,10 @@ class Sealing:
         norms = list(before["norms"]) if before is not None and same else []
         length = self._checked(update, norms, experiment)
         site = SecureSite.begin(topic=topic_of(experiment, number), name=self.name, quorum=experiment.federation.quorum)
-        weight = 1 if experiment.privacy.on else max(1, min(cases, HEAVIEST))
+        weight = 1 if alike(experiment) else max(1, min(cases, HEAVIEST))
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in update.items()}
-        checkpoint.save(self.directory / UNSENT, {"topic": site.topic, "weight": weight, "update": tensors})
+        unsent = {"topic": site.topic, "weight": weight, "clip": clip, "update": tensors}
+        checkpoint.save(self.directory / UNSENT, unsent)
         recipe, norms = recipe_digest(experiment), [*norms, length][-REMEMBERED:]
         checkpoint.save(self.directory / SECRET, {"recipe": recipe, "norms": norms, "site": site.plain()})
         return site.keys(self._sign()).plain()
@@ -113,6 +124,8 @@ class Sealing:
         if not math.isfinite(length):
             raise FederationError(f"site {self.name}: its update holds NaN or infinite values, and is kept back")
         federation = experiment.federation
+        if federation.privacy.on:  # it is clipped to what all may have
+            return length
         reason = too_long(length, usual_norm(norms), outlier=federation.outlier, most=federation.max_norm)
         if reason is not None:
             raise FederationError(f"site {self.name}: keeps its update back: {reason}")
@@ -122,9 +135,11 @@ class Sealing:
         kept: Mapping[str, Any] = checkpoint.load(self.directory / UNSENT) or {}
         if kept.get("topic") != topic:
             raise FederationError(f"site {self.name}: its update of this round is gone")
-        point = fixed_point(sites=sites, alike=experiment.privacy.on)
-        update = {name: value.numpy() for name, value in kept["update"].items()}
-        return point.encode(flat(update), int(kept["weight"]))
+        point = fixed_point(sites=sites, alike=alike(experiment))
+        row = flat({name: value.numpy() for name, value in kept["update"].items()})
+        if experiment.federation.privacy.on:
+            row = _bounded(row, kept["clip"], point.step)
+        return point.encode(row, int(kept["weight"]))
 
     def _secret(self) -> dict[str, Any] | None:
         return checkpoint.load(self.directory / SECRET)
@@ -133,3 +148,16 @@ class Sealing:
         if self._signer is None and self._signer_of is not None:
             self._signer = self._signer_of()
         return self._signer
+
+
+def _bounded(row: npt.NDArray[np.float64], clip: object, step: float) -> npt.NDArray[np.float64]:
+    """The update clipped so that its codes, too, have no greater norm, and 1/2 or -1/2: whether it was shorter before.
+
+    Raises:
+        FederationError: the server named no norm, or one below what rounding adds.
+    """
+    slack = step / 2 * math.sqrt(row.size)
+    if not isinstance(clip, int | float) or not slack < clip < math.inf:
+        raise FederationError(f"the norm that updates are to be clipped to is {clip!r}, and must be above {slack:.1g}")
+    inside = float(np.linalg.norm(row)) <= clip
+    return np.append(clipped(row, clip - slack)[0], 0.5 if inside else -0.5)

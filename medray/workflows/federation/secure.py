@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError
-from medray.learn.aggregation.fixed import Codes, fixed_point, shaped
+from medray.learn.aggregation.fixed import Codes, fixed_point
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.secagg.roster import FEWEST, PublicKeys
 from medray.privacy.secagg.server import SecureServer
 from medray.privacy.secagg.site import Stage
-from medray.workflows.federation.sealing import topic_of
+from medray.workflows.federation.sealing import alike, topic_of
 
 __all__ = ["Opened", "open_round"]
 
@@ -31,14 +32,19 @@ class Opened:
     """What came of a round.
 
     Attributes:
-        mean: of those who handed in; None where the sum can't be had.
+        mean: of those who handed in, (D,) as :func:`medray.learn.aggregation.fixed.flat` has it; None where the sum
+            can't be had.
+        inside: under noise at the server the mean over sites of 1/2, or -1/2 where the update had to be clipped.
+        sites: who handed in.
         weights: what they count for together.
         reason: why there is none.
         lost: by site, how and why it didn't come along: (late or failed, reason).
         down, up: bytes by site.
     """
 
-    mean: Weights | None = None
+    mean: npt.NDArray[np.float64] | None = None
+    inside: float = 0.0
+    sites: int = 0
     weights: int = 0
     reason: str | None = None
     lost: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -87,8 +93,9 @@ class _Way:
             lambda name, answer: server.envelopes(name, answer.text.get("envelopes")),
         )
         shared = set(sealed)
-        point = fixed_point(sites=len(everyone), alike=self.experiment.privacy.on)
-        size = sum(value.size for value in self.like.values()) + 1
+        point = fixed_point(sites=len(everyone), alike=alike(self.experiment))
+        entries = sum(value.size for value in self.like.values())
+        size = entries + 1 + self.experiment.federation.privacy.on
         masked = self._collect(
             "masked",
             {name: {"envelopes": {sender: sealed[sender][name] for sender in shared - {name}}} for name in shared},
@@ -113,7 +120,8 @@ class _Way:
         # Who handed in is in the sum, also if it was gone when it came to unmasking.
         for name in survivors:
             self.opened.lost.pop(name, None)
-        self.opened.mean, self.opened.weights = shaped(found[0], self.like), found[1]
+        self.opened.mean, self.opened.weights, self.opened.sites = found[0][:entries], found[1], len(masked)
+        self.opened.inside = float(found[0][entries:].sum())
 
     def _collect(
         self, stage: Stage, texts: Mapping[str, Mapping[str, Any]], read: Callable[[str, Parcel], T]

@@ -10,11 +10,12 @@ import torch
 
 from medray.config.schema import Experiment
 from medray.learn.intervals import Interval
+from medray.privacy.central import plan_central
 from medray.report.data import Interval as Shown
 from medray.report.federation import RoundRow
 from medray.workflows.federation.rounds import Federated
 
-__all__ = ["aggregation", "curves", "headline_of", "round_row", "settings", "shown"]
+__all__ = ["aggregation", "central", "curves", "headline_of", "round_row", "settings", "shown"]
 
 
 def shown(found: Interval) -> Shown:
@@ -65,6 +66,22 @@ def round_row(entry: Mapping[str, Any]) -> RoundRow:
         down=int(entry["down"]),
         up=int(entry["up"]),
         discarded=entry.get("discarded"),
+    )
+
+
+def central(experiment: Experiment) -> str:
+    """What noise at the server promises; said aloud. Empty without any."""
+    config = experiment.federation.privacy
+    if not config.on:
+        return ""
+    plan = plan_central(config, experiment.federation.rounds)
+    how = f"following the {config.quantile:g} quantile of norms, privately, from" if config.adaptive else "at"
+    return (
+        f"The server added noise for whole sites: epsilon {plan.epsilon:.3f} at delta {plan.delta:g} for one site, its "
+        f"updates replaced by none, over all {plan.rounds} rounds, by the {plan.accountant.upper()} accountant; "
+        f"updates clipped {how} {config.clip_norm:g}, noise multiplier {plan.noise_multiplier:.4g} a round, from a "
+        "cryptographic generator. This holds for whoever sees the model; the server is trusted with what came before "
+        "the noise. No figure measured at a site left it. Not covered: who takes part, and what the plan was made from."
     )
 
 

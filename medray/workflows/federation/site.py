@@ -159,7 +159,7 @@ class SiteWorker:
             return self._train(parcel)
         if kind == "evaluate":
             experiment = self._asked(parcel)
-            if experiment.privacy.on:  # an exact figure would be private data let out
+            if _discreet(experiment):
                 return Parcel(text={"metrics": {}, "judged": 0})
             bench = self._set_up(experiment)
             self._load(bench, parcel, before=None)
@@ -201,8 +201,11 @@ class SiteWorker:
         sent, left = compress(update, residual, federation.compression, federation.top)
         size: dict[str, Any] = {"cases": len(bench.splits.train)}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
-            sent, size = {}, {"keys": self._sealing.begin(experiment, number, update, size["cases"])}
+            keys = self._sealing.begin(experiment, number, update, size["cases"], clip=parcel.text.get("clip"))
+            sent, size = {}, {"keys": keys}
         losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
+        if _discreet(experiment):
+            losses = []
         answer = Parcel(
             text={
                 **judged,
@@ -262,7 +265,7 @@ class SiteWorker:
 
     def _judge(self, bench: _Bench) -> dict[str, Any]:
         """Metrics of the weights just loaded on the site's validation cases, where it has any."""
-        if bench.validate is None or bench.experiment.privacy.on:  # an exact figure would be private data let out
+        if bench.validate is None or _discreet(bench.experiment):
             return {"metrics": {}, "judged": 0}
         bench.model.eval()
         with torch.no_grad():
@@ -396,6 +399,11 @@ def kept_state(directory: Path, recipe: str, *, before: int | None = None) -> di
 def _states(directory: Path, recipe: str) -> list[dict[str, Any]]:
     found = [checkpoint.load(directory / f"state-{half}.pt") for half in (0, 1)]
     return [state for state in found if state is not None and state.get("recipe") == recipe]
+
+
+def _discreet(experiment: Experiment) -> bool:
+    """Whether no figure may leave: an exact one would be private data let out."""
+    return experiment.privacy.on or experiment.federation.privacy.on
 
 
 def _steps(experiment: Experiment, cases: int) -> int:

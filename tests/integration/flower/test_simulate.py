@@ -74,6 +74,7 @@ def test_from_a_table_to_a_bundle_that_predicts(table: Path, tmp_path: Path, mon
     assert result.metrics["auc"].value > 0.9 and set(result.comparison) == {"each site alone", "pooled"}
     page = result.report.read_text(encoding="utf-8")
     assert "no differential privacy" in page and "Model of a row" in page and "a alone" in page
+    assert "What the model gives away" in page and "by epsilon at most" in page
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome["bytes"]["up"] > 0 and outcome["metrics"]["auc"][0] == pytest.approx(result.metrics["auc"].value)
     answers = predict_files(result.bundles[0], [table], tmp_path / "answers", "onnx")

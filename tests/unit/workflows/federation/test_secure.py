@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError
+from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.secagg.site import STAGES
 from medray.workflows.federation.rounds import Federated, Rounds
@@ -62,7 +62,8 @@ class SecureHub:
         if kind == "train":
             update = {"w": (np.float32(self.scale) * (GOAL[name] - w) / 2).astype(np.float32)}
             if experiment.federation.secure_aggregation:
-                text["keys"] = sealing.begin(experiment, int(parcel.text["round"]), update, CASES[name])
+                clip = parcel.text.get("clip")
+                text["keys"] = sealing.begin(experiment, int(parcel.text["round"]), update, CASES[name], clip=clip)
                 return Parcel(text=text)
             return Parcel(text=text | {"cases": CASES[name]}, arrays=update)
         return Parcel(text=text)
@@ -275,3 +276,43 @@ def test_a_site_answers_for_its_own_run_and_round_alone(tmp_path: Path) -> None:
 def test_what_a_sum_alone_does_not_allow_is_refused_with_the_reason(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         Experiment.model_validate({"federation": {"quorum": 3, "secure_aggregation": True, **options}})
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_noise_at_the_server_is_added_to_the_sum_as_to_the_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adaptive: bool
+) -> None:
+    """Without the noise itself, clipping at the sites under masks comes to what clipping at the server does."""
+    monkeypatch.setattr("medray.privacy.noise.SecureRandom.normal", lambda self, count: np.zeros(count))
+    privacy = {"epsilon": 5.0, "delta": 1e-2, "clip_norm": 40.0, "adaptive": adaptive, "rate": 0.5}
+    found = [
+        run(tmp_path / f"{secure}", SecureHub(tmp_path / f"of {secure}"), privacy=privacy, secure_aggregation=secure)
+        for secure in (False, True)
+    ]
+    assert np.abs(found[0].weights["w"] - found[1].weights["w"]).max() < 1e-5
+    clips = [[entry["clip"] for entry in one.history] for one in found]
+    assert clips[0] == pytest.approx(clips[1], rel=1e-9) and (len(set(clips[0])) > 1) == adaptive
+    for one in found:
+        assert all("norm" not in row for entry in one.history for row in entry["sites"].values())
+    # At most 40 a round of 500 entries: the mean of updates that were cut to that.
+    assert 0 < np.linalg.norm(found[1].weights["w"] - start()["w"]) <= 40 * 4 * 2
+
+
+def test_noise_at_the_server_goes_on_after_a_restart_and_breaks_no_running_statistics(tmp_path: Path) -> None:
+    def stop(number: int, _: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    privacy = {"epsilon": 5.0, "delta": 1e-2}
+    rounds = made(tmp_path / "run", SecureHub(tmp_path / "sites"), privacy=privacy)
+    rounds.tell = stop
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run(tuple(GOAL))
+    again = made(tmp_path / "run", SecureHub(tmp_path / "sites"), privacy=privacy)
+    found = again.run(tuple(GOAL))
+    assert again.central is not None and again.central.released == 4 and len(found.history) == 4
+    assert found.history[1]["clip"] == pytest.approx(rounds.central.clip)  # type: ignore[union-attr]
+    experiment = Experiment.model_validate({"federation": {"privacy": privacy}})
+    hub = SecureHub(tmp_path / "x")
+    with pytest.raises(PrivacyError, match=r"running statistics \(w\).*model\.norm=group"):
+        Rounds(hub, tmp_path / "x", experiment, start(), frozenset({"w"}), objective=("val/error", "min"))
