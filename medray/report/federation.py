@@ -14,11 +14,14 @@ __all__ = ["AttackRow", "ComparisonRow", "FederationReport", "RoundRow", "SiteRo
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """One site: its cases, the federated model on its test cases, and the other ways to train."""
+    """One site: its cases, the federated model on its test cases, and the other ways to train.
+
+    None stands for numbers of cases that the site didn't tell.
+    """
 
     site: str
-    train: int
-    validation: int
+    train: int | None
+    validation: int | None
     test: int
     score: Interval
     rivals: dict[str, Interval]

@@ -348,8 +348,8 @@ def _site_row(name: str, last: Mapping[str, Any], history: Sequence[Mapping[str,
     value = ((last.get("last") or {}).get("sites", {}).get(name) or {}).get(f"val/{metric}", math.nan)
     return SiteRow(
         site=name,
-        train=cases[-1] if cases else 0,
-        validation=judged[-1] if judged else 0,
+        train=cases[-1] if cases else None,
+        validation=judged[-1] if judged else None,
         test=0,
         score=shown(Interval(value=value, low=math.nan, high=math.nan)),
         rivals={},

@@ -14,7 +14,7 @@ from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError
 from medray.learn.aggregation.fixed import Codes, fixed_point
 from medray.learn.aggregation.mean import Weights
-from medray.privacy.secagg.roster import FEWEST, PublicKeys
+from medray.privacy.secagg.roster import FEWEST, PublicKeys, hexes
 from medray.privacy.secagg.server import SecureServer
 from medray.privacy.secagg.site import Stage
 from medray.workflows.federation.sealing import alike, topic_of
@@ -76,6 +76,8 @@ def open_round(hub: Hub, experiment: Experiment, number: int, keys: Mapping[str,
 
 @dataclass
 class _Way:
+    """Through one round; what comes of it, and who is lost, goes into ``opened``."""
+
     hub: Hub
     experiment: Experiment
     number: int
@@ -106,7 +108,7 @@ class _Way:
         signatures = self._collect(
             "confirm",
             dict.fromkeys(survivors, who),
-            lambda _, answer: str(answer.text.get("signature", "")),
+            lambda _, answer: hexes({"of": answer.text.get("signature")})["of"].hex(),
         )
         signed: dict[str, Any] = {"signatures": signatures}
         given = self._collect(

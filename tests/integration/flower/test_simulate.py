@@ -177,6 +177,31 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
         simulate_federation(None, overrides(table, **more), out=tmp_path / "refused")
 
 
+def test_the_servers_sum_gives_the_model_that_the_updates_would_have(table: Path, tmp_path: Path) -> None:
+    found: dict[str, Federated] = {}
+    for name, more in {
+        "plain": {},
+        "secret": {"secure_aggregation": True},
+        "noised": {"secure_aggregation": True, "privacy": {"epsilon": 8.0, "delta": 1e-2}},
+    }.items():
+        sections = {
+            "model": {"name": "linear"},
+            "optim": {"name": "sgd", "lr": 0.1},
+            "federation": {"rounds": 3, "quorum": 3, **more},
+        }
+        recipe, folders, spec = prepared(table, tmp_path / name, **sections)
+        found[name] = rounds(tmp_path / name, recipe, folders, spec)
+    for name, value in found["plain"].weights.items():
+        assert np.abs(value - found["secret"].weights[name]).max() < 1e-6, name
+        assert np.abs(value - found["noised"].weights[name]).max() > 1e-3, "here is noise"
+    cases = sum(row["cases"] for row in found["plain"].history[0]["sites"].values())
+    assert [entry["cases"] for entry in found["secret"].history] == [cases] * 3
+    for entry in found["noised"].history:
+        assert all(row["metrics"] == {} and row["loss"] is None for row in entry["sites"].values())
+        assert "cases" not in entry and entry["clip"] > 0
+    assert found["noised"].metrics == {} and found["secret"].metrics["val/auc"] > 0.8
+
+
 def test_on_ray_and_under_secure_aggregation_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
     """In a process of its own: Flower ends the Ray session that it has used."""
     outcomes = []
