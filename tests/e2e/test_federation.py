@@ -30,7 +30,7 @@ SETTINGS = [
     "device=cpu",
     "train.batch_size=16",
     "federation.quorum=3",
-    "federation.deadline=120",
+    "federation.deadline=300",
 ]
 
 

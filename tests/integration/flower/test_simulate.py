@@ -202,6 +202,7 @@ def test_the_servers_sum_gives_the_model_that_the_updates_would_have(table: Path
     assert found["noised"].metrics == {} and found["secret"].metrics["val/auc"] > 0.8
 
 
+@pytest.mark.timeout(1200)  # Ray's workers are nicer still than whoever starts them
 def test_on_ray_and_under_secure_aggregation_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
     """In a process of its own: Flower ends the Ray session that it has used."""
     outcomes = []
