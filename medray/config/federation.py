@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
 
 Strategy = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedbn", "median", "trimmed_mean", "krum"]
+ROBUST = ("median", "trimmed_mean", "krum")
+FEWEST_UNSEEN = 3
+"""Sites whose sum may be known under secure aggregation."""
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -23,6 +26,26 @@ class PartitionConfig(Section):
     sites: int = Field(4, ge=2, le=1000, description="number of sites; by=site has as many as the data name")
     alpha: Positive = Field(0.5, description="of the Dirichlet distribution: small is uneven")
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class CentralPrivacyConfig(Section):
+    """Differential privacy of a whole site, by noise at the server, which is trusted with what comes before."""
+
+    epsilon: Positive | None = Field(
+        None, description="what all rounds together may tell of one site; null: no privacy by noise at the server"
+    )
+    delta: float = Field(1e-5, gt=0, lt=0.1, description="must be below one over the number of sites")
+    clip_norm: float = Field(
+        1.0, ge=1e-6, le=1e6, description="largest norm of a site's update; under adaptive that of the first round"
+    )
+    adaptive: bool = Field(True, description="clip_norm follows a quantile of the updates' norms, privately")
+    quantile: float = Field(0.5, gt=0, lt=1, description="adaptive: share of the updates that shall not be clipped")
+    rate: Positive = Field(0.2, description="adaptive: how fast")
+
+    @property
+    def on(self) -> bool:
+        """Whether the server adds noise."""
+        return self.epsilon is not None
 
 
 class FederationConfig(Section):
@@ -60,7 +83,13 @@ class FederationConfig(Section):
     compression: Literal["none", "int8", "topk"] = Field(
         "none", description="of updates on their way to the server; what is lost is sent with the next one"
     )
+    secure_aggregation: bool = Field(
+        False,
+        description="the server sees the sum of the sites' updates alone; it takes three sites, and more than half of "
+        "those that trained in a round, to open one",
+    )
     top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
+    privacy: CentralPrivacyConfig = CentralPrivacyConfig()
     partition: PartitionConfig = PartitionConfig()
 
     @model_validator(mode="after")
@@ -70,4 +99,30 @@ class FederationConfig(Section):
                 f"federation.strategy=krum with byzantine={self.byzantine} needs a quorum of at least "
                 f"{self.byzantine + 3} (n - f - 2 >= 1 neighbours); it is {self.quorum}"
             )
+        if self.privacy.on and self.strategy in ROBUST:
+            raise ValueError(
+                f"federation.strategy={self.strategy} can be moved far by a single site, so that no noise of "
+                "federation.privacy.epsilon would hide it. Choose fedavg, fedprox, fedadam, fedyogi or fedadagrad"
+            )
+        if self.secure_aggregation:
+            self._possible_unseen()
         return self
+
+    def _possible_unseen(self) -> None:
+        """What can be done with a sum alone."""
+        if self.strategy in ROBUST:
+            raise ValueError(
+                f"federation.strategy={self.strategy} compares the sites' updates with each other, and under "
+                "federation.secure_aggregation nobody sees any: the server has their sum alone. Choose fedavg, "
+                "fedprox, fedadam, fedyogi or fedadagrad"
+            )
+        if self.compression != "none":
+            raise ValueError(
+                f"federation.compression={self.compression} can't be summed under federation.secure_aggregation: each "
+                "site's codes have a scale, or places, of their own. Set it to none; updates are quantised alike there"
+            )
+        if self.quorum < FEWEST_UNSEEN:
+            raise ValueError(
+                f"federation.quorum={self.quorum} under federation.secure_aggregation must be {FEWEST_UNSEEN} or more: "
+                "of a sum of two each site can take away its own, and has the other's"
+            )

@@ -70,6 +70,9 @@ class SitePrivacy(Section):
     unit: tuple[Literal["record", "patient"], ...] = Field(
         ("record", "patient"), description="what may be protected: record, patient"
     )
+    require_secure_aggregation: bool = Field(
+        False, description="refuse runs whose server would see this site's updates by themselves"
+    )
     share_fingerprint: bool = Field(
         False, description="let exact counts, shapes and intensities of the data leave, for a plan made from all sites"
     )
@@ -101,6 +104,7 @@ class SiteConfig(Section):
     server: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]{1,253}:\d{1,5}$", description="host:port")]
     ca: Path = Field(Path("ca.crt"), description="the certificate that the server has to show a signature of")
     key: Path = Field(Path("node.key"), description="this site's own; it never leaves it")
+    certificate: Path = Field(Path("node.crt"), description="of that key; other sites know this one by it")
     data: str = Field(description="the images: as `medray check` takes them")
     labels: dict[str, str] = Field(
         default_factory=dict, max_length=1000, description="this site's name of a class: theirs"
@@ -129,7 +133,10 @@ class SiteConfig(Section):
 
     def at(self, folder: Path) -> SiteConfig:
         """With paths made absolute from the folder of ``site.yaml``."""
-        places = {name: (folder / getattr(self, name)).resolve() for name in ("ca", "key", "ledger", "audit", "work")}
+        places = {
+            name: (folder / getattr(self, name)).resolve()
+            for name in ("ca", "key", "certificate", "ledger", "audit", "work")
+        }
         return self.model_copy(update=places)
 
 

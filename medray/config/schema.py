@@ -312,6 +312,11 @@ class Experiment(Section):
                 f"{self.loss.name}: {' and '.join(HETEROSCEDASTIC)} need it, the others have no use for it. "
                 "Leave model.log_variance out"
             )
+        if self.privacy.on and self.federation.privacy.on:
+            raise ValueError(
+                "privacy.epsilon (noise at the sites, for each patient) and federation.privacy.epsilon (noise at the "
+                "server, for a whole site) are two ways, and no epsilon is known here for both. Choose one"
+            )
         if self.train.freeze_epochs and self.model.pretrained is None:
             raise ValueError(
                 f"train.freeze_epochs={self.train.freeze_epochs} needs model.pretrained: an encoder that is held at "

@@ -27,6 +27,7 @@ class Request:
         epsilon, delta: that the whole run may spend here; None without differential privacy.
         noise: smallest noise multiplier of a step; None without differential privacy.
         unit: what is protected, ``record`` or ``patient``.
+        secure_aggregation: whether the server sees sums of updates alone.
     """
 
     recipe: str
@@ -38,6 +39,7 @@ class Request:
     delta: float | None = None
     noise: float | None = None
     unit: str = "record"
+    secure_aggregation: bool = False
 
 
 def recipe_digest(experiment: Experiment) -> str:
@@ -95,6 +97,11 @@ def _of_the_run(rules: SiteConfig, request: Request) -> Iterator[str]:
 
 def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[str]:
     limits = rules.privacy
+    if limits.require_secure_aggregation and not request.secure_aggregation:
+        yield (
+            "the server would see this site's updates (federation.secure_aggregation is false), and "
+            "privacy.require_secure_aggregation is true"
+        )
     if request.epsilon is None:
         if limits.required:
             yield "the run has no differential privacy (privacy.epsilon is unset), and privacy.required is true"

@@ -9,16 +9,19 @@ from medray.report import plots
 from medray.report.data import Interval
 from medray.report.render import environment
 
-__all__ = ["ComparisonRow", "FederationReport", "RoundRow", "SiteRow", "write_federation_report"]
+__all__ = ["AttackRow", "ComparisonRow", "FederationReport", "RoundRow", "SiteRow", "write_federation_report"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """One site: its cases, the federated model on its test cases, and the other ways to train."""
+    """One site: its cases, the federated model on its test cases, and the other ways to train.
+
+    None stands for numbers of cases that the site didn't tell.
+    """
 
     site: str
-    train: int
-    validation: int
+    train: int | None
+    validation: int | None
     test: int
     score: Interval
     rivals: dict[str, Interval]
@@ -46,11 +49,33 @@ class RoundRow:
     seconds: float
     down: int = field(metadata={"unit": "bytes to the sites"})
     up: int = field(metadata={"unit": "bytes from the sites"})
+    discarded: str | None = None
 
     @property
     def trouble(self) -> bool:
-        """Whether a site is named."""
-        return bool(self.late or self.failed or self.quarantined)
+        """Whether a site is named, or the round moved nothing."""
+        return bool(self.late or self.failed or self.quarantined or self.discarded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """What the loss attack found of who was in a model's training.
+
+    Attributes:
+        model: which.
+        auc: members against others; .5 is guessing.
+        found: share of members found, where ``false_positives`` of the others are taken for members.
+        members, others: cases of either kind.
+        most: what no attack can find more than, by the training's epsilon; None without one.
+    """
+
+    model: str
+    auc: Interval
+    found: Interval
+    false_positives: float
+    members: int
+    others: int
+    most: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +98,7 @@ class FederationReport:
     settings: dict[str, str]
     protection: str
     reproduce: dict[str, str]
+    attacks: tuple[AttackRow, ...] = ()
 
 
 def write_federation_report(data: FederationReport, path: Path) -> Path:

@@ -17,7 +17,8 @@ __all__ = ["FlowerHub"]
 _TYPES = {"query": MessageType.QUERY, "train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 HELLO_SECONDS = 120.0
 """How long a node may take to say which site it is."""
-POLL_SECONDS = 1.0
+POLL_SECONDS, FIRST_POLL_SECONDS = 1.0, 0.2
+"""Between looks for answers, and at first: those of secure aggregation take no training."""
 LONGEST_NAME = 100
 
 
@@ -82,7 +83,8 @@ class FlowerHub:
         Who wrote an answer stands in the answer itself, where Flower doesn't check it; who may answer a question it
         does. And what one site sent may be such that Flower can't read it.
         """
-        until = time.monotonic() + deadline
+        began = time.monotonic()
+        until = began + deadline
         nodes = list(messages)
         numbers = list(self._grid.push_messages(list(messages.values())))
         # Flower gives them in order, None for one that it didn't take; none at all where all were too large.
@@ -100,7 +102,7 @@ class FlowerHub:
                     answers[node] = _read(replies[0])
                     del waiting[name]
             if waiting:
-                time.sleep(POLL_SECONDS)
+                time.sleep(min(POLL_SECONDS, FIRST_POLL_SECONDS + (time.monotonic() - began) / 10))
         return answers
 
 

@@ -26,6 +26,8 @@ Answer = Callable[["Message", "Context"], "Message"]
 """Does what a message asks for, and replies to it. A MedrayError is sent back as an error that names its reason."""
 
 POLL_SECONDS = 3.0
+LIVELY_POLL_SECONDS, LIVELY_SECONDS = 0.5, 15.0
+"""Between questions for work, for a while after some: a round of secure aggregation has five messages."""
 _HANDSHAKE_SECONDS = 10.0
 
 
@@ -116,11 +118,13 @@ def attend(
     while not stop():
         with _connection(line) as (node, receive, send, get_run, _, pull, push, confirm):
             told(f"connected to {line.host}:{line.port} as node {node}")
+            busy = time.monotonic()
             while not stop():
                 try:
                     got = receive()
                     if got is None:
-                        time.sleep(poll)
+                        lively = time.monotonic() - busy < LIVELY_SECONDS
+                        time.sleep(min(poll, LIVELY_POLL_SECONDS) if lively else poll)
                         continue
                     message = _fetch(*got, node=node, pull=pull, confirm=confirm)
                     run = message.metadata.run_id
@@ -134,6 +138,7 @@ def attend(
                     begun = time.monotonic()
                     reply = respond(message, context)
                     _send(reply, seconds=time.monotonic() - begun, send=send, push=push)
+                    busy = time.monotonic()
                 except Exception as error:  # the server is busy, restarting, or has ended the run meanwhile
                     told(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; connecting anew")
                     break

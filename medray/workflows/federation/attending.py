@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
 from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
 from medray.privacy.rules import check_private
+from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation.charging import Charges, open_ledger
 from medray.workflows.federation.site import SiteFolder, SiteWorker
 
@@ -39,7 +41,7 @@ __all__ = ["Guard", "attend_federation", "harmonised"]
 
 Told = Callable[[str], None]
 RETRY_SECONDS = 15.0
-SAID_UNDER_PRIVACY = frozenset({"name"})
+SAID_UNDER_PRIVACY = frozenset({"name", "keys"})
 """What may stand beside protected weights: counts, losses and metrics of patients' data are no less private."""
 
 
@@ -92,6 +94,8 @@ def _attend(rules: SiteConfig, check_only: bool, told: Told, stop: Callable[[], 
 
     folder = SiteFolder(name=rules.name, directory=str(rules.work / "site"), cache=str(rules.work / "cache"))
     manifest = _prepare(rules, Path(folder.directory), told)
+    if rules.privacy.require_secure_aggregation:
+        _signer(rules)  # else every round would fail for want of it
     host, _, port = rules.server.rpartition(":")
     line = Line(host=host.strip("[]"), port=int(port), ca=rules.ca, key=rules.key)
     until = _reach(lambda: check_server(line), wait=not check_only, told=told, stop=stop)
@@ -114,7 +118,7 @@ class Guard:
         self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
         self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
-        self.worker = SiteWorker(folder, charge=self._charge, fewest=rules.fewest)
+        self.worker = SiteWorker(folder, charge=self._charge, fewest=rules.fewest, signer=partial(_signer, rules))
         self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -293,7 +297,13 @@ def _request(experiment: Experiment, cases: int) -> Request:
         delta=experiment.privacy.delta if experiment.privacy.on else None,
         noise=experiment.privacy.noise_multiplier,
         unit=experiment.privacy.unit,
+        secure_aggregation=federation.secure_aggregation,
     )
+
+
+def _signer(rules: SiteConfig) -> Signer:
+    """Speaks for this site to the others."""
+    return Signer.read(rules.name, certificate=rules.certificate, key=rules.key, authority=rules.ca)
 
 
 def _round(parcel: Parcel) -> int | None:

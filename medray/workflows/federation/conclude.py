@@ -20,15 +20,17 @@ import numpy as np
 from medray.bundle.spec import INTENDED_USE
 from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
+from medray.data.splits import Splits
 from medray.learn.intervals import Interval
 from medray.privacy.policy import recipe_digest
 from medray.report.data import Interval as Shown
-from medray.report.federation import ComparisonRow, FederationReport, SiteRow, write_federation_report
+from medray.report.federation import AttackRow, ComparisonRow, FederationReport, SiteRow, write_federation_report
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
+from medray.workflows.federation.leaking import attacks
 from medray.workflows.federation.rounds import Federated
 from medray.workflows.federation.shared import put
-from medray.workflows.federation.showing import curves, round_row, settings, shown
+from medray.workflows.federation.showing import aggregation, central, curves, round_row, settings, shown
 from medray.workflows.federation.site import SiteFolder, kept_state
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
@@ -107,14 +109,24 @@ def conclude(ended: Ended, *, compare: bool, stage: Callable[[str], None]) -> Co
     stage("writing the bundle")
     bundles = _bundles(ended, own, metric, metrics, splits.val)
     report = ended.directory / "report.html"
-    write_federation_report(
-        _report(ended, headline, metric, metrics, federated, rivals, comparison, scores, homes, where), report
-    )
+    page = _report(ended, headline, metric, metrics, federated, rivals, comparison, scores, homes, where)
+    stage("asking the model who was in its training")
+    write_federation_report(replace(page, attacks=_attacks(ended, own, pooled, splits, metric)), report)
     result = Concluded(
         headline=headline, metric=metric, metrics=metrics, comparison=comparison, report=report, bundles=bundles
     )
     _save(result, ended)
     return result
+
+
+def _attacks(
+    ended: Ended, own: dict[str, Network], pooled: Network | None, splits: Splits, metric: str
+) -> tuple[AttackRow, ...]:
+    """What the federated model leaks, and beside it the one of all data, which knows no privacy."""
+    models = {FEDERATED: own} | ({} if pooled is None else {POOLED: dict.fromkeys(own, pooled)})
+    privacy = {FEDERATED: ended.experiment.privacy, POOLED: PrivacyConfig()}
+    unseen, seed = splits.test or splits.val, ended.experiment.seed
+    return attacks(ended.recipe, models, splits.train, unseen, metric=metric, privacy=privacy, seed=seed)
 
 
 # -- the models
@@ -217,7 +229,7 @@ def _bundles(
     networks = list(own.values())
     personal = len({id(network) for network in networks}) > 1
     notes = [f"Trained by {federation.strategy} over {len(own)} sites in {ended.federated.best_round} rounds"]
-    private = ended.experiment.privacy.on
+    private = ended.experiment.privacy.on or federation.privacy.on
     if private:
         notes.append("Its metrics and thresholds were measured in a simulation and are not private; the weights are")
     written = []
@@ -316,7 +328,14 @@ def _report(
 
 def _protection(experiment: Experiment) -> str:
     """How what left the sites was protected; said aloud."""
-    privacy = experiment.privacy
+    privacy, seen = experiment.privacy, aggregation(experiment)
+    if experiment.federation.privacy.on:
+        return (
+            f"{central(experiment)} {seen} The figures of this page were measured here, in a simulation, and are not "
+            "private; the comparisons were trained without privacy."
+        )
+    if not privacy.on and experiment.federation.secure_aggregation:
+        return f"{seen} There was no differential privacy: the sums, and the model, may tell of the cases."
     if not privacy.on:
         return (
             "The updates of this federation left the sites as they were: no differential privacy and no secure "
@@ -325,7 +344,7 @@ def _protection(experiment: Experiment) -> str:
     return (
         f"Each site trained by DP-SGD: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit}, "
         f"added or removed, over all rounds, accounted by {privacy.accountant}. No figure measured at a site left it. "
-        "The number of training cases of a site, the shapes, and the classes count as public. No secure aggregation. "
+        f"The number of training cases of a site, the shapes, and the classes count as public. {seen} "
         "The figures of this page were measured here, in a simulation, and are not private; the comparisons were "
         "trained without privacy."
     )

@@ -35,7 +35,7 @@ from medray.workflows.champion import Candidate
 from medray.workflows.federation.network import start_run
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
-from medray.workflows.federation.showing import curves, headline_of, round_row, settings, shown
+from medray.workflows.federation.showing import aggregation, central, curves, headline_of, round_row, settings, shown
 from medray.workflows.federation.simulate import checked
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
@@ -271,7 +271,9 @@ def _line(number: int, entry: Mapping[str, Any], of: int) -> str:
         f"{name} {row['state']}: {row['reason']}" for name, row in entry["sites"].items() if row["state"] != "ok"
     ]
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in entry["metrics_before"].items())
-    return "; ".join(filter(None, [f"round {number} of {of} in {entry['seconds']:.0f} s", metrics, *troubles]))
+    discarded = f"discarded: {entry['discarded']}" if "discarded" in entry else ""
+    begin = f"round {number} of {of} in {entry['seconds']:.0f} s"
+    return "; ".join(filter(None, [begin, discarded, metrics, *troubles]))
 
 
 def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Federated, began: float) -> str:
@@ -317,7 +319,7 @@ def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Fede
         rounds=tuple(round_row(entry) for entry in federated.history),
         best_round=federated.best_round,
         settings=settings(experiment, federated, time.monotonic() - began, recipe.machine.note, sites="the network"),
-        protection=PROTECTION,
+        protection=" ".join(filter(None, [PROTECTION, aggregation(experiment), central(experiment)])),
         reproduce={"experiment.yaml": dump(experiment), "Recipe": recipe_digest(experiment)},
     )
     write_federation_report(report, directory / "report.html")
@@ -335,7 +337,7 @@ def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Fede
 
 PROTECTION = (
     "Each site decides what protection its updates leave with, in its own site.yaml, and its audit log says what it "
-    "was. Updates travel by TLS; the server sees each of them."
+    "was. Updates travel by TLS."
 )
 
 
@@ -346,8 +348,8 @@ def _site_row(name: str, last: Mapping[str, Any], history: Sequence[Mapping[str,
     value = ((last.get("last") or {}).get("sites", {}).get(name) or {}).get(f"val/{metric}", math.nan)
     return SiteRow(
         site=name,
-        train=cases[-1] if cases else 0,
-        validation=judged[-1] if judged else 0,
+        train=cases[-1] if cases else None,
+        validation=judged[-1] if judged else None,
         test=0,
         score=shown(Interval(value=value, low=math.nan, high=math.nan)),
         rivals={},

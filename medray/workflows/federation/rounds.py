@@ -19,11 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
-from medray.errors import FederationError
+from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.aggregator import Aggregator
 from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
 from medray.learn.aggregation.compression import decompress
+from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
+from medray.privacy.central import Central
+from medray.privacy.secagg.roster import PublicKeys, read_roster
+from medray.workflows.federation.secure import open_round
 
 __all__ = ["Federated", "Rounds"]
 
@@ -62,7 +66,13 @@ class _Round:
     updates: dict[str, Weights] = field(default_factory=dict)
     answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[str, PublicKeys] = field(default_factory=dict)
     attempts: int = 0
+
+    @property
+    def there(self) -> tuple[str, ...]:
+        """Sites that trained, and whose answer can be used."""
+        return tuple(sorted(self.keys or self.updates))
 
 
 class Rounds:
@@ -98,11 +108,24 @@ class Rounds:
         self.objective, self.tell, self.note, self._latest = objective, tell, note, latest
         self.weights = weights
         self.aggregator = Aggregator(self.config, statistics)
+        self.central = self._central(statistics)
         self.round = 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
         self._document = experiment.model_dump(mode="json")
+
+    def _central(self, statistics: frozenset[str]) -> Central | None:
+        """The noise that this server adds, if any."""
+        if not self.config.privacy.on:
+            return None
+        moving = sorted(statistics & self.weights.keys())
+        if moving:
+            raise PrivacyError(
+                f"federation.privacy.epsilon: the network keeps running statistics ({moving[0]}), which noise would "
+                "break. Set model.norm=group"
+            )
+        return Central(self.config.privacy, self.config.rounds)
 
     def run(self, sites: tuple[str, ...]) -> Federated:
         """All rounds that are left, then a last look at the result.
@@ -140,28 +163,20 @@ class Rounds:
         now = _Round()
         while True:
             now.attempts += 1
-            self._ask(now, tuple(name for name in asked if name not in now.updates))
-            if len(now.updates) >= min(self.config.quorum, len(asked)):
+            self._ask(now, tuple(name for name in asked if name not in now.there))
+            if len(now.there) >= min(self.config.quorum, len(asked)):
                 break
             missing = self._missing(now, asked)
             if now.attempts >= self.config.attempts:
                 raise FederationError(
-                    f"round {self.round + 1}: {len(now.updates)} of the {self.config.quorum} good updates that "
+                    f"round {self.round + 1}: {len(now.there)} of the {self.config.quorum} good updates that "
                     f"federation.quorum asks for, after {now.attempts} attempts. {missing}. The rounds before are "
                     "kept: go on with --resume once the sites are well"
                 )
             self.note(f"round {self.round + 1}: waiting for the quorum of {self.config.quorum}. {missing}")
-        self._observe({name: answer for name, answer in now.answers.items() if name in now.updates})
-        names = sorted(now.updates)
-        counts = _counts([now.answers[name] for name in names], private=self.experiment.privacy.on)
-        stepped = self.aggregator(self.weights, [now.updates[name] for name in names], counts)
-        broken = fault(stepped, self.weights)
-        if broken is not None:
-            raise FederationError(
-                f"round {self.round + 1}: the aggregate is unusable: {broken}. Lower federation.server_lr"
-            )
-        mean_metrics = _mean_metrics({name: now.answers[name] for name in names})
-        self.weights = stepped
+        self._observe({name: answer for name, answer in now.answers.items() if name in now.there})
+        mean_metrics = _mean_metrics({name: now.answers[name] for name in now.there})
+        more = self._summed(now) if self.config.secure_aggregation else self._stepped(now)
         self.round += 1
         entry = {
             "round": self.round,
@@ -171,10 +186,69 @@ class Rounds:
             "seconds": time.monotonic() - began,
             "down": sum(int(row.get("down", 0)) for row in now.sites.values()),
             "up": sum(int(row.get("up", 0)) for row in now.sites.values()),
+            **more,
         }
         self.history.append(entry)
         self._save()
         self.tell(self.round, entry)
+        self._still_worth_it()
+
+    def _stepped(self, now: _Round) -> dict[str, Any]:
+        """Move the weights by the sites' updates."""
+        updates = [now.updates[name] for name in now.there]
+        if self.central is not None:
+            mean = self.central.mean([flat(update) for update in updates])
+            self._step([shaped(mean, self.weights)], [1.0])
+            return {"clip": self.central.clip}
+        self._step(updates, _counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
+        return {}
+
+    def _summed(self, now: _Round) -> dict[str, Any]:
+        """Move the weights by the sum of the sites' updates, which is all that is seen; what the entry says of it.
+
+        A sum that can't be had, or that isn't fit, moves nothing: whose fault it is nobody can see.
+        """
+        opened = open_round(self.hub, self.experiment, self.round, now.keys, self.weights)
+        for name, (state, why) in opened.lost.items():
+            now.sites[name] |= {"state": state, "reason": why}
+        for way, found in (("down", opened.down), ("up", opened.up)):
+            for name, count in found.items():
+                now.sites[name][way] = int(now.sites[name].get(way, 0)) + count
+        reason, length = opened.reason, 0.0
+        if opened.mean is not None and self.central is not None:
+            total, inside = opened.mean * opened.sites, opened.inside * opened.sites
+            self._step([shaped(self.central.mean_of(total, inside, opened.sites), self.weights)], [1.0])
+            return {"clip": self.central.clip}
+        if opened.mean is not None:
+            length = float(np.linalg.norm(opened.mean))
+            before = [float(entry["norm"]) for entry in self.history[-REMEMBERED:] if "norm" in entry]
+            most = self.config.max_norm
+            reason = too_long(length, usual_norm(before), outlier=self.config.outlier, most=most)
+        if opened.mean is None or reason is not None:
+            self.note(f"round {self.round + 1}: discarded: {reason}")
+            return {"discarded": str(reason)}
+        self._step([shaped(opened.mean, self.weights)], [1.0])
+        return {"norm": length, "cases": opened.weights}
+
+    def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
+        stepped = self.aggregator(self.weights, updates, counts)
+        broken = fault(stepped, self.weights)
+        if broken is not None:
+            raise FederationError(
+                f"round {self.round + 1}: the aggregate is unusable: {broken}. Lower federation.server_lr"
+            )
+        self.weights = stepped
+
+    def _still_worth_it(self) -> None:
+        """Give up where one round after the other is discarded."""
+        most = min(self.config.attempts, self.config.rounds)
+        last = self.history[-most:]
+        if len(last) == most and all("discarded" in entry for entry in last):
+            raise FederationError(
+                f"round {self.round}: discarded, as were the last {len(last)} (federation.attempts): "
+                f"{last[-1]['discarded']}. The weights are those before them: go on with --resume once the sites are "
+                "well"
+            )
 
     def _lot(self, sites: tuple[str, ...]) -> tuple[str, ...]:
         """Who is asked this round: all, or a share drawn from the seed and the round."""
@@ -208,12 +282,19 @@ class Rounds:
             if answer.error is not None:
                 row |= {"state": "failed", "reason": answer.error}
                 continue
-            update, reason = self._open(answer)
+            update, reason = self._keys(now, name, answer) if self.config.secure_aggregation else self._open(answer)
             if update is None:
                 row |= {"state": "quarantined", "reason": reason}
                 continue
             now.answers[name] = answer.text
             row |= {key: answer.text.get(key) for key in ("cases", "steps", "loss", "seconds", "metrics", "judged")}
+            if self.config.secure_aggregation:
+                row |= {"state": "ok", "reason": None}
+                continue
+            if self.central is not None:  # its length is bounded, and said to nobody
+                row |= {"state": "ok", "reason": None}
+                now.updates[name] = update
+                continue
             row["norm"] = norm(update)
             arrived[name] = update
         self._measure(now, arrived)
@@ -229,13 +310,27 @@ class Rounds:
             return None, f"it can't be read ({type(error).__name__}: {str(error)[:200]})"
         return (update, None) if reason is None else (None, reason)
 
+    def _keys(self, now: _Round, name: str, answer: Parcel) -> tuple[Weights | None, str | None]:
+        """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
+        reason = _odd(answer.text)
+        if answer.arrays:
+            reason = "it sent arrays, and was asked for public keys alone"
+        try:
+            keys = PublicKeys.read(answer.text.get("keys"))
+            if reason is None:
+                read_roster({other: found.plain() for other, found in {**now.keys, name: keys}.items()})
+                now.keys[name] = keys
+        except FederationError as error:
+            reason = str(error)
+        return ({}, None) if reason is None else (None, reason)
+
     def _measure(self, now: _Round, arrived: dict[str, Weights]) -> None:
         """Accept what isn't too long, by the norms of this round and the last ones."""
         before = [
             float(row["norm"])
             for entry in self.history[-REMEMBERED:]
             for row in entry["sites"].values()
-            if row.get("state") == "ok"
+            if row.get("state") == "ok" and "norm" in row  # under secure aggregation no norm is known
         ]
         here = [float(row["norm"]) for row in now.sites.values() if "norm" in row]
         usual = usual_norm([*before, *here])
@@ -252,11 +347,14 @@ class Rounds:
         return "Missing: " + "; ".join(
             f"{name} ({now.sites[name]['state']}: {now.sites[name]['reason']})"
             for name in asked
-            if name not in now.updates
+            if name not in now.there
         )
 
     def _parcel(self) -> Parcel:
-        return Parcel(text={"experiment": self._document, "round": self.round}, arrays=self.weights)
+        text: dict[str, Any] = {"experiment": self._document, "round": self.round}
+        if self.central is not None:
+            text["clip"] = self.central.clip
+        return Parcel(text=text, arrays=self.weights)
 
     # -- which round is best
     # ---------------------------------------------------------------------------------------------
@@ -295,6 +393,8 @@ class Rounds:
         newest = f"rounds/{self.round:05d}.safetensors"
         tensors = {f"weights/{name}": value for name, value in self.weights.items()}
         tensors |= {f"server/{name}": value for name, value in self.aggregator.state().items()}
+        if self.central is not None:
+            tensors |= {f"central/{name}": value for name, value in self.central.state().items()}
         tensors |= {f"best/{name}": value for name, value in self.best_weights.items()}
         _write(self.directory / newest, lambda path: save_file(tensors, str(path)))
         document = {
@@ -330,7 +430,7 @@ class Rounds:
                 f"{path}: these rounds are of another experiment. Choose another folder with --out, or give the same "
                 "settings as before"
             )
-        parts: dict[str, Weights] = {"weights": {}, "server": {}, "best": {}}
+        parts: dict[str, Weights] = {"weights": {}, "server": {}, "best": {}, "central": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
@@ -338,6 +438,8 @@ class Rounds:
             raise FederationError(f"{path}: its weights don't fit the experiment's network. Delete the folder")
         self.weights, self.best_weights = parts["weights"], parts["best"]
         self.aggregator.load_state(parts["server"])
+        if self.central is not None:
+            self.central.load_state(parts["central"])
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -10,11 +10,12 @@ import torch
 
 from medray.config.schema import Experiment
 from medray.learn.intervals import Interval
+from medray.privacy.central import plan_central
 from medray.report.data import Interval as Shown
 from medray.report.federation import RoundRow
 from medray.workflows.federation.rounds import Federated
 
-__all__ = ["curves", "headline_of", "round_row", "settings", "shown"]
+__all__ = ["aggregation", "central", "curves", "headline_of", "round_row", "settings", "shown"]
 
 
 def shown(found: Interval) -> Shown:
@@ -64,6 +65,34 @@ def round_row(entry: Mapping[str, Any]) -> RoundRow:
         seconds=float(entry["seconds"]),
         down=int(entry["down"]),
         up=int(entry["up"]),
+        discarded=entry.get("discarded"),
+    )
+
+
+def central(experiment: Experiment) -> str:
+    """What noise at the server promises; said aloud. Empty without any."""
+    config = experiment.federation.privacy
+    if not config.on:
+        return ""
+    plan = plan_central(config, experiment.federation.rounds)
+    how = f"following the {config.quantile:g} quantile of norms, privately, from" if config.adaptive else "at"
+    return (
+        f"The server added noise for whole sites: epsilon {plan.epsilon:.3f} at delta {plan.delta:g} for one site, its "
+        f"updates replaced by none, over all {plan.rounds} rounds, by the {plan.accountant.upper()} accountant; "
+        f"updates clipped {how} {config.clip_norm:g}, noise multiplier {plan.noise_multiplier:.4g} a round, from a "
+        "cryptographic generator. This holds for whoever sees the model; the server is trusted with what came before "
+        "the noise. No figure measured at a site left it. Not covered: who takes part, and what the plan was made from."
+    )
+
+
+def aggregation(experiment: Experiment) -> str:
+    """What the server saw of the sites' updates; said aloud."""
+    if not experiment.federation.secure_aggregation:
+        return "No secure aggregation: the server sees each site's update."
+    return (
+        "Secure aggregation (Bonawitz et al. 2017): of a round's updates the server learns the sum, over three sites "
+        "at least, and no single one. It takes the quorum, and more than half of the sites that trained, to open it. "
+        "What the sums of several rounds tell together, it does not hide."
     )
 
 
@@ -89,6 +118,7 @@ def settings(
         "Rounds": f"{federation.rounds} of {local} at each site; best after {federated.best_round}",
         "Quorum, deadline": f"{federation.quorum} updates, {federation.deadline:g} s",
         "Compression": federation.compression,
+        "Secure aggregation": "yes" if federation.secure_aggregation else "no",
         "Sites from": sites,
         "Wall clock": f"{seconds:.0f} s",
         "Machine": machine,

@@ -128,6 +128,8 @@ class _Stages:
         for name, row in entry["sites"].items():
             by_state.setdefault(row["state"], []).append(name)
         bad = [f"{state}: {', '.join(names)}" for state, names in sorted(by_state.items()) if state != "ok"]
+        if "discarded" in entry:
+            bad.append("discarded")
         text = f"round {number} of {of}, {len(by_state.get('ok', []))} sites" + "".join(f"; {part}" for part in bad)
         losses = [row["loss"] for row in entry["sites"].values() if row.get("loss") is not None]
         metrics = {self.metric: entry["metrics_before"][self.metric]} if self.metric in entry["metrics_before"] else {}

@@ -39,11 +39,13 @@ from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
 from medray.privacy.runtime import PrivateRuntime
+from medray.privacy.secagg.identity import Signer
 from medray.train import checkpoint
 from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime, MakeOptimizer
+from medray.workflows.federation.sealing import STAGES, Sealing
 from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
@@ -121,12 +123,21 @@ class SiteWorker:
         folder: of the site.
         charge: called before each round of private training; None in a simulation, whose sites have no ledger.
         fewest: patients that must train, or nothing is trained; and validate, or nothing is judged.
+        signer: gives this site's node key, for secure aggregation; None in a simulation.
     """
 
-    def __init__(self, folder: SiteFolder, *, charge: Charge | None = None, fewest: int = 1) -> None:
+    def __init__(
+        self,
+        folder: SiteFolder,
+        *,
+        charge: Charge | None = None,
+        fewest: int = 1,
+        signer: Callable[[], Signer] | None = None,
+    ) -> None:
         self.folder, self._charge, self._fewest = folder, charge, fewest
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
+        self._sealing = Sealing(self.directory, folder.name, signer)
         self._bench: _Bench | None = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -142,11 +153,13 @@ class SiteWorker:
             return Parcel(text={"name": self.folder.name})
         if kind == "query" and parcel.text.get("ask") == "fingerprint":
             return Parcel(text={"fingerprint": measure(self.manifest).model_dump(mode="json")})
+        if kind == "query" and parcel.text.get("ask") in STAGES:
+            return self._sealing.answer(self._asked(parcel), parcel)
         if kind == "train":
             return self._train(parcel)
         if kind == "evaluate":
             experiment = self._asked(parcel)
-            if experiment.privacy.on:  # an exact figure would be private data let out
+            if _discreet(experiment):
                 return Parcel(text={"metrics": {}, "judged": 0})
             bench = self._set_up(experiment)
             self._load(bench, parcel, before=None)
@@ -186,11 +199,17 @@ class SiteWorker:
         update = {name: value - weights[name] for name, value in after.items()}
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
+        size: dict[str, Any] = {"cases": len(bench.splits.train)}
+        if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
+            keys = self._sealing.begin(experiment, number, update, size["cases"], clip=parcel.text.get("clip"))
+            sent, size = {}, {"keys": keys}
         losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
+        if _discreet(experiment):
+            losses = []
         answer = Parcel(
             text={
                 **judged,
-                "cases": len(bench.splits.train),
+                **size,
                 "steps": result.steps,
                 "loss": losses[-1] if losses else None,
                 "seconds": time.monotonic() - began,
@@ -246,7 +265,7 @@ class SiteWorker:
 
     def _judge(self, bench: _Bench) -> dict[str, Any]:
         """Metrics of the weights just loaded on the site's validation cases, where it has any."""
-        if bench.validate is None or bench.experiment.privacy.on:  # an exact figure would be private data let out
+        if bench.validate is None or _discreet(bench.experiment):
             return {"metrics": {}, "judged": 0}
         bench.model.eval()
         with torch.no_grad():
@@ -380,6 +399,11 @@ def kept_state(directory: Path, recipe: str, *, before: int | None = None) -> di
 def _states(directory: Path, recipe: str) -> list[dict[str, Any]]:
     found = [checkpoint.load(directory / f"state-{half}.pt") for half in (0, 1)]
     return [state for state in found if state is not None and state.get("recipe") == recipe]
+
+
+def _discreet(experiment: Experiment) -> bool:
+    """Whether no figure may leave: an exact one would be private data let out."""
+    return experiment.privacy.on or experiment.federation.privacy.on
 
 
 def _steps(experiment: Experiment, cases: int) -> int:

@@ -74,6 +74,7 @@ def test_from_a_table_to_a_bundle_that_predicts(table: Path, tmp_path: Path, mon
     assert result.metrics["auc"].value > 0.9 and set(result.comparison) == {"each site alone", "pooled"}
     page = result.report.read_text(encoding="utf-8")
     assert "no differential privacy" in page and "Model of a row" in page and "a alone" in page
+    assert "What the model gives away" in page and "by epsilon at most" in page
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert outcome["bytes"]["up"] > 0 and outcome["metrics"]["auc"][0] == pytest.approx(result.metrics["auc"].value)
     answers = predict_files(result.bundles[0], [table], tmp_path / "answers", "onnx")
@@ -176,11 +177,39 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
         simulate_federation(None, overrides(table, **more), out=tmp_path / "refused")
 
 
-def test_on_ray_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
+def test_the_servers_sum_gives_the_model_that_the_updates_would_have(table: Path, tmp_path: Path) -> None:
+    found: dict[str, Federated] = {}
+    for name, more in {
+        "plain": {},
+        "secret": {"secure_aggregation": True},
+        "noised": {"secure_aggregation": True, "privacy": {"epsilon": 8.0, "delta": 1e-2}},
+    }.items():
+        sections = {
+            "model": {"name": "linear"},
+            "optim": {"name": "sgd", "lr": 0.1},
+            "federation": {"rounds": 3, "quorum": 3, **more},
+        }
+        recipe, folders, spec = prepared(table, tmp_path / name, **sections)
+        found[name] = rounds(tmp_path / name, recipe, folders, spec)
+    for name, value in found["plain"].weights.items():
+        assert np.abs(value - found["secret"].weights[name]).max() < 1e-6, name
+        assert np.abs(value - found["noised"].weights[name]).max() > 1e-3, "here is noise"
+    cases = sum(row["cases"] for row in found["plain"].history[0]["sites"].values())
+    assert [entry["cases"] for entry in found["secret"].history] == [cases] * 3
+    for entry in found["noised"].history:
+        assert all(row["metrics"] == {} and row["loss"] is None for row in entry["sites"].values())
+        assert "cases" not in entry and entry["clip"] > 0
+    assert found["noised"].metrics == {} and found["secret"].metrics["val/auc"] > 0.8
+
+
+@pytest.mark.timeout(1200)  # Ray's workers are nicer still than whoever starts them
+def test_on_ray_and_under_secure_aggregation_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> None:
     """In a process of its own: Flower ends the Ray session that it has used."""
     outcomes = []
-    for engine in ("here", "ray"):
-        words = [*overrides(table, federation__rounds="2"), "--out", engine, "--engine", engine, "--no-compare"]
+    for engine, secure in (("here", "false"), ("ray", "true")):
+        settings = {"federation__quorum": "3", "federation__secure_aggregation": secure}
+        words = [*overrides(table, federation__rounds="2", **settings), "--out", engine]
+        words += ["--engine", engine, "--no-compare"]
         command = [sys.executable, "-m", "medray", "federate", "simulate", *words]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
@@ -189,3 +218,5 @@ def test_on_ray_sites_come_to_what_they_do_here(table: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stdout + done.stderr
         outcomes.append(json.loads((tmp_path / engine / "outcome.json").read_text())["metrics"]["log_loss"][0])
     assert outcomes[0] == pytest.approx(outcomes[1], abs=1e-5)
+    page = (tmp_path / "ray" / "report.html").read_text(encoding="utf-8")
+    assert "the server learns the sum" in page and "no differential privacy" in page

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from medray.report.data import Interval
-from medray.report.federation import ComparisonRow, FederationReport, RoundRow, SiteRow, write_federation_report
+from medray.report.federation import (
+    AttackRow,
+    ComparisonRow,
+    FederationReport,
+    RoundRow,
+    SiteRow,
+    write_federation_report,
+)
 
 SCORE = Interval(value=0.8, low=0.7, high=0.9)
 
@@ -51,6 +58,23 @@ def test_sites_rounds_and_comparison_are_shown(tmp_path: Path) -> None:
     assert page.count("<svg") == 2 and "none at all" in page and "–" in page
     quiet = write_federation_report(report(rounds=report().rounds[:1]), tmp_path / "quiet.html").read_text("utf-8")
     assert "No site was late" in quiet
+    lost = RoundRow(
+        number=1,
+        ok=2,
+        late=(),
+        failed=(),
+        quarantined=(),
+        attempts=1,
+        seconds=1.0,
+        down=1,
+        up=1,
+        discarded="2 of 4 sites <left>",
+    )
+    page = write_federation_report(report(rounds=(lost,)), tmp_path / "lost.html").read_text("utf-8")
+    assert "2 of 4 sites &lt;left&gt;" in page and "gives away" not in page
+    row = AttackRow(model="federated", auc=SCORE, found=SCORE, false_positives=0.1, members=9, others=8, most=0.27)
+    page = write_federation_report(report(attacks=(row,)), tmp_path / "attack.html").read_text("utf-8")
+    assert "What the model gives away" in page and "at 10 % false" in page and "0.270" in page
 
 
 def test_what_a_site_calls_itself_is_escaped(tmp_path: Path) -> None:

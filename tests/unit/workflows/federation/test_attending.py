@@ -103,6 +103,20 @@ def test_what_leaves_under_privacy_is_weights_alone(tmp_path: Path) -> None:
     assert site.ledger.spent().epsilon > 0
 
 
+def test_secure_aggregation_may_be_demanded_and_its_keys_leave(tmp_path: Path) -> None:
+    site = guard(tmp_path, privacy={"require_secure_aggregation": True})
+    with pytest.raises(PolicyError, match=r"privacy\.require_secure_aggregation is true"):
+        site("train", question(**PRIVATE))
+    assert site.worker.asked == []  # type: ignore[attr-defined]
+
+    def trains(kind: Kind, parcel: Parcel) -> Parcel:
+        return Parcel(text={"keys": {"mask": "00"}, "cases": 40, "loss": 0.1})
+
+    site.worker = trains  # type: ignore[assignment]
+    secure = {"secure_aggregation": True, "quorum": 3}
+    assert site("train", question(**PRIVATE, federation=secure)).text == {"keys": {"mask": "00"}}
+
+
 def test_where_the_site_does_not_ask_for_privacy_figures_leave_too(tmp_path: Path) -> None:
     site = guard(tmp_path, privacy={"required": False})
     assert site("train", question()).text["metrics"] == {"val/auc": 0.9}

@@ -1,0 +1,318 @@
+"""Rounds under secure aggregation, against sites that go at any stage, lie or are killed, and a server that dies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from medray.config.schema import Experiment
+from medray.engines.flower.parcel import Kind, Parcel
+from medray.errors import FederationError, PrivacyError
+from medray.learn.aggregation.mean import Weights
+from medray.privacy.secagg.site import STAGES
+from medray.workflows.federation.rounds import Federated, Rounds
+from medray.workflows.federation.sealing import Sealing
+
+GOAL = {"a": 1.0, "b": 3.0, "c": 5.0, "d": 7.0}
+"""Where each site pulls the one weight."""
+CASES = {"a": 10, "b": 20, "c": 30, "d": 40}
+
+Bad = Callable[[Kind, Parcel, Parcel], Parcel | None]
+"""Bends one site's answer: kind, question, answer to another."""
+
+
+class SecureHub:
+    """Sites that each go half the way to their goal, and hand it in by the protocol; all that leaves is kept."""
+
+    def __init__(self, folder: Path, bad: Mapping[str, Bad] | None = None, *, scale: float = 1.0) -> None:
+        self.folder, self.bad, self.scale = folder, dict(bad or {}), scale
+        self.left: list[tuple[str, str, Parcel]] = []
+        self.updates: list[dict[str, np.ndarray[Any, Any]]] = []
+
+    def sites(self) -> tuple[str, ...]:
+        return tuple(GOAL)
+
+    def ask(self, kind: Kind, parcels: Mapping[str, Parcel], deadline: float) -> dict[str, Parcel]:
+        found = {}
+        for name, parcel in parcels.items():
+            try:
+                answer: Parcel | None = self._site(name, kind, parcel)
+            except FederationError as error:
+                answer = Parcel(error=str(error))
+            if name in self.bad and answer is not None:
+                answer = self.bad[name](kind, parcel, answer)
+            if answer is not None:
+                self.left.append((str(parcel.text.get("ask", kind)), name, answer))
+                found[name] = answer
+        return found
+
+    def _site(self, name: str, kind: Kind, parcel: Parcel) -> Parcel:
+        sealing = Sealing(self.folder / name, name)  # each time as after a restart
+        experiment = Experiment.model_validate(parcel.text["experiment"])
+        if kind == "query":
+            return sealing.answer(experiment, parcel)
+        w = parcel.arrays["w"]
+        text: dict[str, Any] = {"metrics": {"val/error": float(abs(w[0] - 3.0))}, "judged": 4}
+        if kind == "train":
+            update = {"w": (np.float32(self.scale) * (GOAL[name] - w) / 2).astype(np.float32)}
+            if experiment.federation.secure_aggregation:
+                clip = parcel.text.get("clip")
+                text["keys"] = sealing.begin(experiment, int(parcel.text["round"]), update, CASES[name], clip=clip)
+                return Parcel(text=text)
+            return Parcel(text=text | {"cases": CASES[name]}, arrays=update)
+        return Parcel(text=text)
+
+
+def start() -> Weights:
+    return {"w": np.linspace(-5.0, 9.0, 500, dtype=np.float32)}
+
+
+def made(directory: Path, hub: SecureHub, **options: Any) -> Rounds:
+    federation = {"rounds": 4, "quorum": 3, "attempts": 2, "secure_aggregation": True, **options}
+    notes: list[str] = []
+    rounds = Rounds(
+        hub,
+        directory,
+        Experiment.model_validate({"federation": federation}),
+        start(),
+        frozenset(),
+        objective=("val/error", "min"),
+        latest=True,
+        note=notes.append,
+    )
+    rounds.notes = notes  # type: ignore[attr-defined]
+    return rounds
+
+
+def run(directory: Path, hub: SecureHub, **options: Any) -> Federated:
+    return made(directory, hub, **options).run(tuple(GOAL))
+
+
+def gone(stage: str, only: int | None = None) -> Bad:
+    """No answer from a stage on; of one round alone, where it is given."""
+    order = ("train", *STAGES)
+
+    def bent(kind: Kind, question: Parcel, answer: Parcel) -> Parcel | None:
+        now = str(question.text.get("ask", kind))
+        cut = now in order and order.index(now) >= order.index(stage)
+        return None if cut and only in (None, question.text["round"]) else answer
+
+    return bent
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+def test_the_model_is_that_of_the_plain_federation(tmp_path: Path, strategy: str) -> None:
+    plain = run(tmp_path / "p", SecureHub(tmp_path / "x"), strategy=strategy, secure_aggregation=False)
+    secret = run(tmp_path / "s", SecureHub(tmp_path / "y"), strategy=strategy)
+    assert np.abs(plain.weights["w"] - secret.weights["w"]).max() < 1e-6
+    assert [entry["cases"] for entry in secret.history] == [100] * 4
+    assert all(row["state"] == "ok" and row["cases"] is None for e in secret.history for row in e["sites"].values())
+
+
+def test_all_that_leaves_a_site_holds_no_update(tmp_path: Path) -> None:
+    hub = SecureHub(tmp_path / "sites")
+    run(tmp_path / "run", hub, rounds=1)
+    by_ask: dict[str, list[Parcel]] = {}
+    for ask, _, parcel in hub.left:
+        by_ask.setdefault(ask, []).append(parcel)
+    assert set(by_ask) == {"train", *STAGES, "evaluate"} and all(len(found) == 4 for found in by_ask.values())
+    arrays = {name for found in by_ask.values() for parcel in found for name in parcel.arrays}
+    assert arrays == {"masked"} and all(parcel.arrays for parcel in by_ask["masked"])
+    assert all(set(parcel.text) == {"metrics", "judged", "keys"} for parcel in by_ask["train"]), "no count, no norm"
+    words = np.concatenate([parcel.arrays["masked"] for parcel in by_ask["masked"]]).astype(np.uint64)
+    assert words.size == 4 * 501 and 0.45 < (words >= 2**63).mean() < 0.55 and np.unique(words).size == words.size
+    assert not list((tmp_path / "sites").rglob("unsent.pt")), "what was summed is forgotten"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_that_goes_at_any_stage_costs_no_round(tmp_path: Path, stage: str) -> None:
+    found = run(tmp_path / "run", SecureHub(tmp_path / "sites", {"d": gone(stage, only=1)}))
+    row = found.history[1]["sites"]["d"]
+    in_sum = stage in ("confirm", "unmask")
+    assert found.history[1]["cases"] == (100 if in_sum else 60)
+    assert row["state"] == ("ok" if in_sum else "late") and (in_sum or f"no answer to {stage}" in row["reason"])
+    assert [entry["cases"] for entry in found.history if entry["round"] != 2] == [100] * 3
+    assert all("discarded" not in entry for entry in found.history)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_of_too_few_the_round_is_discarded_and_the_next_is_fine(tmp_path: Path, stage: str) -> None:
+    hub = SecureHub(tmp_path / "sites", {"c": gone(stage, only=1), "d": gone(stage, only=1)})
+    rounds = made(tmp_path / "run", hub, rounds=3)
+    found = rounds.run(tuple(GOAL))
+    entry = found.history[1]
+    assert (
+        f"2 of 4 sites answered to {stage}, and it takes 3" in entry["discarded"] and "c: trained" in entry["discarded"]
+    )
+    assert ["discarded" in other for other in found.history] == [False, True, False]
+    assert "round 2: discarded" in rounds.notes[0]  # type: ignore[attr-defined]
+    # Of 10, 20, 30 and 40 cases the mean goal is 5, and each of the two good rounds goes half the way.
+    assert found.weights["w"] == pytest.approx(5 + (start()["w"] - 5) / 4, abs=1e-5)
+
+
+def test_one_discarded_round_after_the_other_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
+    bad = {"c": gone("masked"), "d": gone("masked")}
+    with pytest.raises(FederationError, match=r"as were the last 2 \(federation\.attempts\).*--resume"):
+        run(tmp_path / "run", SecureHub(tmp_path / "sites", bad))
+    found = run(tmp_path / "run", SecureHub(tmp_path / "sites"))
+    assert [entry.get("cases") for entry in found.history] == [None, None, 100, 100]
+    with pytest.raises(FederationError, match="discarded"):
+        run(tmp_path / "one", SecureHub(tmp_path / "more", bad), rounds=1)
+
+
+def test_a_server_that_died_within_a_round_goes_on_with_it(tmp_path: Path) -> None:
+    """The sites answer the same questions alike."""
+
+    def dies(kind: Kind, question: Parcel, answer: Parcel) -> Parcel:
+        if question.text.get("ask") == "unmask" and question.text["round"] == 1:
+            raise KeyboardInterrupt
+        return answer
+
+    kept: dict[tuple[str, int], Parcel] = {}
+
+    class Keeps(SecureHub):
+        """As real sites: what a round was answered with is kept."""
+
+        def _site(self, name: str, kind: Kind, parcel: Parcel) -> Parcel:
+            if kind != "train":
+                return super()._site(name, kind, parcel)
+            key = (name, int(parcel.text["round"]))
+            if key not in kept:
+                kept[key] = super()._site(name, kind, parcel)
+            return kept[key]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", Keeps(tmp_path / "sites", {"b": dies}))
+    # "a" has given its shares before, and has forgotten its secrets: it says the same again.
+    found = run(tmp_path / "run", Keeps(tmp_path / "sites"))
+    whole = run(tmp_path / "whole", SecureHub(tmp_path / "others"))
+    assert [entry.get("cases") for entry in found.history] == [100] * 4
+    assert np.array_equal(whole.weights["w"], found.weights["w"])
+
+
+def test_a_sum_that_is_too_long_or_noise_moves_nothing(tmp_path: Path) -> None:
+    hub = SecureHub(tmp_path / "sites")
+    original = hub._site
+
+    def swells(name: str, kind: Kind, parcel: Parcel) -> Parcel:
+        hub.scale = 1000.0 if parcel.text["round"] == 2 and name == "b" else 1.0
+        return original(name, kind, parcel)
+
+    hub._site = swells  # type: ignore[method-assign]
+    found = run(tmp_path / "run", hub)
+    # The site looks at its own update first, and keeps it back.
+    row = found.history[2]["sites"]["b"]
+    assert row["state"] == "failed" and "keeps its update back" in row["reason"] and found.history[2]["cases"] == 80
+
+    def lies(kind: Kind, question: Parcel, answer: Parcel) -> Parcel:
+        if "masked" not in answer.arrays or question.text["round"] != 2:
+            return answer
+        words = answer.arrays["masked"].copy()
+        words[: words.size - (bent < 2**59)] += np.uint64(bent)
+        return Parcel(arrays={"masked": words})
+
+    for bent, reason in ((2**59, "is noise"), (2**50, "times the usual")):
+        found = run(tmp_path / f"{bent}", SecureHub(tmp_path / f"of {bent}", {"b": lies}), rounds=3)
+        assert [("discarded" in entry) for entry in found.history] == [False, False, True]
+        assert reason in found.history[2]["discarded"]
+
+
+def test_a_strangers_answers_count_as_none(tmp_path: Path) -> None:
+    def with_text(stage: str, **text: Any) -> Bad:
+        def bent(kind: Kind, question: Parcel, answer: Parcel) -> Parcel:
+            is_it = question.text.get("ask", kind) == stage
+            return Parcel(text={**answer.text, **text}, arrays=answer.arrays) if is_it else answer
+
+        return bent
+
+    cases: list[tuple[Bad, str, str]] = [
+        (with_text("train", keys={}), "quarantined", "public keys"),
+        (with_text("train", keys={"mask": "zz"}), "quarantined", "bytes by name"),
+        (with_text("train", judged=-1), "quarantined", "number of cases"),
+        (with_text("shares", envelopes={"a": "00"}), "failed", "not one for each"),
+        (with_text("unmask", seeds={"a": "00"}), "ok", ""),
+        (lambda k, q, a: Parcel(arrays={"masked": np.zeros(3)}) if a.arrays else a, "failed", "isn't 501 words"),
+        (lambda k, q, a: Parcel(text=a.text, arrays={"w": np.ones(2)}) if k == "train" else a, "quarantined", "arrays"),
+    ]
+    for number, (bad, state, reason) in enumerate(cases):
+        found = run(tmp_path / f"run{number}", SecureHub(tmp_path / f"sites{number}", {"d": bad}), rounds=1)
+        row = found.history[0]["sites"]["d"]
+        assert row["state"] == state and reason in (row["reason"] or "") and "discarded" not in found.history[0]
+
+
+def test_a_site_answers_for_its_own_run_and_round_alone(tmp_path: Path) -> None:
+    experiment = Experiment.model_validate({"federation": {"quorum": 3, "secure_aggregation": True}})
+    sealing = Sealing(tmp_path, "a")
+    text = {"experiment": experiment.model_dump(mode="json"), "round": 0, "ask": "shares", "roster": {}}
+    with pytest.raises(FederationError, match="no keys of round 1"):
+        sealing.answer(experiment, Parcel(text=text))
+    sealing.begin(experiment, 0, {"w": np.ones(3, np.float32)}, 7)
+    with pytest.raises(FederationError, match="no keys of round 2"):
+        sealing.answer(experiment, Parcel(text=text | {"round": 1}))
+    with pytest.raises(FederationError, match="its own keys"):
+        sealing.answer(experiment, Parcel(text=text))
+    with pytest.raises(FederationError, match="NaN or infinite"):
+        sealing.begin(experiment, 1, {"w": np.array([np.nan], np.float32)}, 7)
+    assert "update" not in json.dumps((tmp_path / "secret.pt").read_bytes().decode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"strategy": "krum", "quorum": 5}, "compares the sites' updates"),
+        ({"strategy": "median"}, "compares the sites' updates"),
+        ({"strategy": "trimmed_mean"}, "compares the sites' updates"),
+        ({"compression": "topk"}, "can't be summed"),
+        ({"compression": "int8"}, "can't be summed"),
+        ({"quorum": 2}, "3 or more"),
+    ],
+)
+def test_what_a_sum_alone_does_not_allow_is_refused_with_the_reason(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Experiment.model_validate({"federation": {"quorum": 3, "secure_aggregation": True, **options}})
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_noise_at_the_server_is_added_to_the_sum_as_to_the_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adaptive: bool
+) -> None:
+    """Without the noise itself, clipping at the sites under masks comes to what clipping at the server does."""
+    monkeypatch.setattr("medray.privacy.noise.SecureRandom.normal", lambda self, count: np.zeros(count))
+    privacy = {"epsilon": 5.0, "delta": 1e-2, "clip_norm": 40.0, "adaptive": adaptive, "rate": 0.5}
+    found = [
+        run(tmp_path / f"{secure}", SecureHub(tmp_path / f"of {secure}"), privacy=privacy, secure_aggregation=secure)
+        for secure in (False, True)
+    ]
+    assert np.abs(found[0].weights["w"] - found[1].weights["w"]).max() < 1e-5
+    clips = [[entry["clip"] for entry in one.history] for one in found]
+    assert clips[0] == pytest.approx(clips[1], rel=1e-9) and (len(set(clips[0])) > 1) == adaptive
+    for one in found:
+        assert all("norm" not in row for entry in one.history for row in entry["sites"].values())
+    # At most 40 a round of 500 entries: the mean of updates that were cut to that.
+    assert 0 < np.linalg.norm(found[1].weights["w"] - start()["w"]) <= 40 * 4 * 2
+
+
+def test_noise_at_the_server_goes_on_after_a_restart_and_breaks_no_running_statistics(tmp_path: Path) -> None:
+    def stop(number: int, _: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    privacy = {"epsilon": 5.0, "delta": 1e-2}
+    rounds = made(tmp_path / "run", SecureHub(tmp_path / "sites"), privacy=privacy)
+    rounds.tell = stop
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run(tuple(GOAL))
+    again = made(tmp_path / "run", SecureHub(tmp_path / "sites"), privacy=privacy)
+    found = again.run(tuple(GOAL))
+    assert again.central is not None and again.central.released == 4 and len(found.history) == 4
+    assert found.history[1]["clip"] == pytest.approx(rounds.central.clip)  # type: ignore[union-attr]
+    experiment = Experiment.model_validate({"federation": {"privacy": privacy}})
+    hub = SecureHub(tmp_path / "x")
+    with pytest.raises(PrivacyError, match=r"running statistics \(w\).*model\.norm=group"):
+        Rounds(hub, tmp_path / "x", experiment, start(), frozenset({"w"}), objective=("val/error", "min"))
