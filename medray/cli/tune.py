@@ -11,7 +11,6 @@ import typer
 from medray.cli.arguments import split_arguments
 from medray.cli.live import watch
 from medray.cli.show import say
-from medray.config.spaces import shipped
 from medray.errors import ConfigError
 
 
@@ -43,6 +42,8 @@ def tune(
     Example: medray tune seg data=scans/ study.budget=1h
     """
     started = time.time()  # the budget covers the imports too
+    from medray.config.spaces import shipped
+
     path, overrides = split_arguments(arguments or [], shipped)
     if path is None and resume is None and not overrides:
         raise ConfigError("tune needs data, such as data=scans/ or phantom://ct-lesions, or --resume runs/NAME")
