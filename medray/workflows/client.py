@@ -23,15 +23,20 @@ from medray.errors import MedrayError, ServingError
 from medray.workflows.inputs import Input, expand
 from medray.workflows.prediction import Answer, PredictionSummary, Progress, write_summary
 
-Form = Literal["nifti", "png", "dicom"]
+Form = Literal["nifti", "png", "dicom", "sr"]
 ENVIRONMENT = "MEDRAY_API_KEY"
 """Environment variable of the command line's key: an option would be seen by every user of the machine."""
-_ACCEPT = {"nifti": "application/nifti", "png": "image/png", "dicom": "application/dicom"}
+_ACCEPT = {
+    "nifti": "application/nifti",
+    "png": "image/png",
+    "dicom": "application/dicom",
+    "sr": "application/dicom; object=sr",
+}
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """Statuses after which the same request may do better: busy, a replica that died, one that starts."""
 _JOBS = 3
 """How often an image is sent whose job was lost with its process."""
-_SUFFIX = {"nifti": "_seg.nii.gz", "png": "_overlay.png", "dicom": "_seg.dcm"}
+_SUFFIX = {"nifti": "_seg.nii.gz", "png": "_overlay.png", "dicom": "_seg.dcm", "sr": "_sr.dcm"}
 
 
 class Client:
@@ -87,7 +92,7 @@ class Client:
     def save(
         self, image: str | Path, path: Path, form: Form, *, model: str | None = None, version: str | None = None
     ) -> Path:
-        """Write the mask (NIfTI, DICOM-SEG) or the overlay (PNG) of one image to ``path``.
+        """Write the mask (NIfTI, DICOM-SEG), the overlay (PNG) or the figures (DICOM-SR) of one image to ``path``.
 
         Raises:
             ServingError: as :meth:`predict`; or there is no such form of this image's answer.

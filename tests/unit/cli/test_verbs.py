@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from medray.cli.arguments import split_arguments
-from medray.config.spaces import shipped
 from medray.cli.main import app, main
 from medray.cli.show import duration, run_folder, table
+from medray.config.spaces import shipped
 from medray.data.manifest import Case, Finding, Manifest
 from medray.errors import ConfigError, StudyError
 

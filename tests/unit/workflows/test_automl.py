@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         (more["resume"] / "leaderboard.csv").write_text(
             "trial,state,val/dice,seconds,optim.lr\n1,completed,0.44,12.7,0.005\n0,pruned,0.41,3.1,\n", encoding="utf-8"
         )
-        (more["resume"] / "report.html").write_text("<p>\"all\" & more</p>", encoding="utf-8")
+        (more["resume"] / "report.html").write_text('<p>"all" & more</p>', encoding="utf-8")
 
     monkeypatch.setattr(study_module, "tune", tune)
     return calls
@@ -104,7 +104,7 @@ def test_a_data_frame_is_kept_as_a_table_with_absolute_paths(
     kept = pd.read_csv(stored(study)["source"])
     assert kept["image"].tolist() == [str(tmp_path / "scans" / f"{n}.png") for n in range(4)]
     assert frame["image"][0] == Path("scans/0.png")  # the caller's own is left alone
-    with pytest.raises(DataError, match="no column 'image'.*files, label"):
+    with pytest.raises(DataError, match=r"no column 'image'.*files, label"):
         medray.AutoML(frame.rename(columns={"image": "files"}))
     with pytest.raises(DataError, match="list"):
         medray.AutoML([1, 2])  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_wrong_names_are_refused_before_anything_starts(tmp_path: Path) -> None:
         medray.AutoML("phantom://ct-lesions", space="seg3")
     with pytest.raises(ConfigError, match="set"):
         medray.AutoML("phantom://ct-lesions", space={"optim.lr": {"choice": {1e-3}}})
-    with pytest.raises(ConfigError, match="optim.lr"):
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
         medray.AutoML("phantom://ct-lesions", space={"optim.rl": {"float": [0.1, 1.0]}}, runs=tmp_path).optimize()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="no data"):

@@ -230,7 +230,7 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
         openapi_extra=_BODY,
     )
     async def predict(request: Request, model: Named = None, version: Versioned = None) -> Response:
-        """Answer one image (scope: predict): JSON, or by Accept a NIfTI mask, a PNG overlay or a DICOM-SEG."""
+        """Answer one image (scope: predict): JSON, or by Accept a NIfTI mask, a PNG overlay, a DICOM-SEG or -SR."""
         service = get_service()
         key = await _key(service, request, "predict", counted=True)
         return await _answered(await _take_in(service, request, key, model, version), service)

@@ -241,7 +241,7 @@ class Service:
             voxels, shape = self._voxels(version, image, job)
             engine = version if job.tell is None or shape is None else _Counted(version, shape, job.tell)
             with_probabilities = spec.kind != "segmentation" or (
-                form == "json" and 4 * len(spec.classes) * voxels <= answers.PROBABILITY_BYTES
+                form in ("json", "sr") and 4 * len(spec.classes) * voxels <= answers.PROBABILITY_BYTES
             )
             try:
                 found = version.bundle.predict(image, engine, with_probabilities=with_probabilities)
@@ -250,9 +250,11 @@ class Service:
             found = replace(found, seconds={"read": read, **found.seconds})
             noted = answers.flags(version.bundle, version.fingerprint, image, found.labels)
             begin = time.perf_counter()
-            if form == "json":
+            if form in ("json", "sr"):
                 document = answers.as_json(version.bundle, found, image, noted, version.about)
                 body = json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+                if form == "sr":
+                    body = answers.as_report(version.bundle, document, image, job.folder)
             else:
                 assert found.labels is not None
                 body = answers.as_file(form, version.bundle, found.labels, image, job.folder)

@@ -133,7 +133,7 @@ function draw(fresh = false) {
   $("at").textContent = `${z + 1} of ${plane.depth}`;
   const canvas = $("canvas");
   Object.assign(canvas, { width: plane.width, height: plane.height });
-  canvas.style.aspectRatio = plane.aspect;
+  Object.assign(canvas.style, { aspectRatio: plane.aspect, width: `min(100%, calc(70vh * ${plane.aspect}))` });
   const pixels = new ImageData(plane.width, plane.height);
   const [low, high] = shown.range;
   const half = (high - low) / 2 / (Number($("window").value) / 50), middle = low + (high - low) * (1 - Number($("level").value) / 100);
