@@ -1,7 +1,7 @@
 """3-D segmentation, the main job: MSD hippocampus, 20 minutes on this machine, everything included.
 
-Trial 0 alone (no search) gets the same 20 minutes beside it; where the study found no time for a search, it is that. The 52 held-back volumes are measured once, by the
-champion that validation cases chose.
+Trial 0 alone (no search) gets the same 20 minutes beside it; where the study found no time for a search, it is that.
+The 52 held-back volumes are measured once, by the champion that validation cases chose.
 """
 
 from __future__ import annotations
