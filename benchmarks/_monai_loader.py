@@ -102,7 +102,8 @@ def _random(experiment: Experiment, keys: list[str], patch: Sequence[int], *, nd
                                                 gamma=(math.exp(-gamma), math.exp(gamma)))),
         (config.p_blur, mt.RandGaussianSmoothd("image", prob=config.p_blur, **blur)),
         (config.p_low_resolution, mt.RandSimulateLowResolutiond(
-            "image", prob=config.p_low_resolution, zoom_range=(1 / (1 + augment._LOW_RESOLUTION), 1.0))),
+            "image", prob=config.p_low_resolution, zoom_range=(1 / (1 + augment._LOW_RESOLUTION), 1.0),
+            upsample_mode="bilinear" if ndim == 2 else "trilinear")),
         (config.p_noise, mt.RandGaussianNoised("image", prob=config.p_noise, std=augment._NOISE)),
     ]  # fmt: skip
     return [step for p, step in steps if p > 0]

@@ -39,6 +39,11 @@ class StudyRun:
         return Figure(value=value, low=low, high=high)
 
     @property
+    def searched(self) -> bool:
+        """Whether any trial was run: where the budget holds too few that tell anything, none is."""
+        return len((self.directory / "leaderboard.csv").read_text(encoding="utf-8").splitlines()) > 1
+
+    @property
     def gain(self) -> Figure:
         """Champion minus trial 0 retrained with the same budget, paired."""
         value, low, high = self.result["difference"]

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medray.workflows.automl import AutoML
     from medray.workflows.client import Client
 
-__all__ = ["Client", "__version__"]
+__all__ = ["AutoML", "Client", "__version__"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``medray.Client``, imported when it is asked for: ``medray --help`` shall not wait for what it needs."""
+    """What Python users are offered, imported when it is asked for: ``medray --help`` shall not wait for it."""
+    if name == "AutoML":
+        from medray.workflows.automl import AutoML
+
+        return AutoML
     if name == "Client":
         from medray.workflows.client import Client
 

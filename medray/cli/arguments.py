@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from medray.errors import ConfigError
 
 
-def split_arguments(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+def split_arguments(words: Sequence[str], named: Callable[[str], Path] | None = None) -> tuple[Path | None, list[str]]:
     """The YAML file, if the first word is one, and the overrides.
+
+    Args:
+        words: of the command line.
+        named: finds the file that a bare name such as ``seg`` stands for, or raises a ConfigError.
 
     Raises:
         ConfigError: a later word is no override, or the first is neither.
@@ -18,6 +22,8 @@ def split_arguments(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     rest = list(words)
     if rest and not _is_override(rest[0]):
         path = Path(rest.pop(0))
+        if not path.is_file() and named is not None and path.parent == Path() and not path.suffix:
+            path = named(str(path))
         if not path.is_file():
             raise ConfigError(f"{path}: no such file. Name a YAML file first, then overrides such as optim.lr=1e-3")
     for word in rest:

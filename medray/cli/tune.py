@@ -19,7 +19,8 @@ def tune(
         list[str] | None,
         typer.Argument(
             metavar="[SPACE] [OVERRIDES]...",
-            help="search_spaces/seg.yaml, then fields such as data=scans/ study.budget=1h",
+            help="A search space: a file, or the name of one that comes with medray (cls, seg, seg3d, table); without "
+            "one, what suits the data. Then fields such as data=scans/ study.budget=1h",
         ),
     ] = None,
     resume: Annotated[
@@ -38,16 +39,22 @@ def tune(
 ) -> None:
     """Search, fit the champion, report and bundle, within the budget.
 
-    Example: medray tune search_spaces/seg.yaml data=scans/ study.budget=1h
+    Example: medray tune seg data=scans/ study.budget=1h
     """
     started = time.time()  # the budget covers the imports too
-    path, overrides = split_arguments(arguments or [])
-    if path is None and resume is None:
-        raise ConfigError("tune needs a search space, such as search_spaces/seg.yaml, or --resume runs/NAME")
+    from medray.config.spaces import shipped
+
+    path, overrides = split_arguments(arguments or [], shipped)
+    if path is None and resume is None and not overrides:
+        raise ConfigError("tune needs data, such as data=scans/ or phantom://ct-lesions, or --resume runs/NAME")
     if resume is not None and "://" not in resume and not Path(resume).is_dir():
         raise ConfigError(f"--resume {resume}: no such folder; it is a study's own, such as runs/seg")
+    from medray.workflows.spaces import space_for
     from medray.workflows.study import tune as run_study
 
+    if path is None and resume is None:
+        path = space_for(overrides)
+        say(f"the data suit the search space {path.stem!r}")
     with watch(f"study {Path(resume).name if resume else path.stem if path else ''}") as view:
         result = run_study(
             path, overrides, resume=resume, address=address, storage=storage, observer=view, started=started

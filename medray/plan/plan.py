@@ -191,7 +191,7 @@ def _segmentation(
     config = ModelConfig.model_validate(model)
     multiple, smallest = spec.divisor(config, ndim), spec.smallest(config, ndim)
     patch_size = [max(smallest, math.ceil(n / multiple) * multiple) for n in wanted]
-    batch, checkpointing = _segmentation_batch(patch_size, width, machine, fingerprint)
+    batch, checkpointing = _segmentation_batch(patch_size, width, machine, fingerprint, horizon)
     foreground = 1.0 - fingerprint.class_fraction.get(fingerprint.classes[0], 0.0)
     covers = all(p >= n for p, n in zip(patch_size, geometry.shape, strict=True))
     patches = math.prod(geometry.shape) / math.prod(patch_size)
@@ -225,10 +225,15 @@ def _shrink(shape: list[float], voxels: int) -> list[float]:
     return shape
 
 
-def _segmentation_batch(patch: list[int], width: int, machine: Machine, fingerprint: Fingerprint) -> tuple[int, str]:
+def _segmentation_batch(
+    patch: list[int], width: int, machine: Machine, fingerprint: Fingerprint, horizon: float
+) -> tuple[int, str]:
+    # A CPU takes some hundred steps in minutes, and twice as many of half the size learn more (DRIVE's training cases,
+    # 400 s a side on one thread: Dice .702 against .669 on the validation cases).
+    short = horizon < PATIENT
     # A U-Net keeps about 40 maps of its first width for backward, all levels counted, at 4 bytes.
     per_sample = math.prod(patch) * width * 40 * 4
-    sensible = (8 if fingerprint.ndim == 2 else 2) if machine.device == "cpu" else (32 if fingerprint.ndim == 2 else 8)
+    sensible = ((4 if short else 8) if fingerprint.ndim == 2 else 2) if machine.device == "cpu" else (32 if fingerprint.ndim == 2 else 8)
     return _fitting(min(sensible, max(1, fingerprint.cases)), per_sample, machine)
 
 

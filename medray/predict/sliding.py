@@ -88,6 +88,18 @@ def segment(
     return np.ascontiguousarray(blended[0].numpy()[inner])
 
 
+def window_count(
+    shape: Sequence[int], *, patch_size: Sequence[int] | None, overlap: float, flip_axes: Sequence[int] = ()
+) -> int:
+    """How many windows :func:`segment` gives the network for a prepared image (*s), mirrored ones counted."""
+    views = 2 ** len(flip_axes)
+    if patch_size is None:
+        return views
+    for size, patch in zip(shape, patch_size, strict=True):
+        views *= -(-max(0, size - patch) // _step(patch, overlap)) + 1
+    return views
+
+
 def load_libraries() -> None:
     """Import what the first window would: a caller that times windows calls this before."""
     import monai.inferers.utils  # noqa: F401
@@ -179,13 +191,17 @@ def _pad(array: Floats, size: Sequence[int]) -> tuple[Floats, tuple[slice, ...]]
     return np.pad(np.asarray(array, dtype=np.float32), widths, constant_values=OUTSIDE), tuple(inner)
 
 
+def _step(patch: int, overlap: float) -> int:
+    return max(1, int(patch * (1 - overlap)))  # MONAI's own rule, so that the grids agree
+
+
 def _slabs(size: int, patch: int, overlap: float, most: int) -> Iterator[tuple[slice, slice, slice]]:
     """Cut an axis into slabs whose windows are windows of the whole axis.
 
     Yields:
         (slab of the axis, inner part within the slab, the same part within the axis); the inner parts tile the axis.
     """
-    step = max(1, int(patch * (1 - overlap)))  # MONAI's own rule, so that the grids agree
+    step = _step(patch, overlap)
     if size <= max(patch, most):
         yield slice(0, size), slice(0, size), slice(0, size)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import tempfile
@@ -22,13 +23,20 @@ from medray.errors import MedrayError, ServingError
 from medray.workflows.inputs import Input, expand
 from medray.workflows.prediction import Answer, PredictionSummary, Progress, write_summary
 
-Form = Literal["nifti", "png", "dicom"]
+Form = Literal["nifti", "png", "dicom", "sr"]
 ENVIRONMENT = "MEDRAY_API_KEY"
 """Environment variable of the command line's key: an option would be seen by every user of the machine."""
-_ACCEPT = {"nifti": "application/nifti", "png": "image/png", "dicom": "application/dicom"}
+_ACCEPT = {
+    "nifti": "application/nifti",
+    "png": "image/png",
+    "dicom": "application/dicom",
+    "sr": "application/dicom; object=sr",
+}
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """Statuses after which the same request may do better: busy, a replica that died, one that starts."""
-_SUFFIX = {"nifti": "_seg.nii.gz", "png": "_overlay.png", "dicom": "_seg.dcm"}
+_JOBS = 3
+"""How often an image is sent whose job was lost with its process."""
+_SUFFIX = {"nifti": "_seg.nii.gz", "png": "_overlay.png", "dicom": "_seg.dcm", "sr": "_sr.dcm"}
 
 
 class Client:
@@ -57,23 +65,34 @@ class Client:
         """What ``/v1/models`` says: the default, and each version with its classes and engine."""
         return json.loads(self._ask("GET", "/v1/models", None, {}))
 
-    def predict(self, image: str | Path, *, model: str | None = None, version: str | None = None) -> dict[str, Any]:
+    def predict(
+        self,
+        image: str | Path,
+        *,
+        model: str | None = None,
+        version: str | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> dict[str, Any]:
         """The answer for one image as ``/v1/predict`` gives it: classes, probabilities, volumes, flags, engine.
 
         Args:
             image: a file of any kind that is read, or a folder with the files of one DICOM series.
             model: None for the server's default.
             version: None lets the server choose.
+            progress: hears how far it is, 0 to 1. The image is then a job of the server's, which may take as long as it
+                likes: no connection is held meanwhile.
 
         Raises:
             ServingError: the server refuses the image, or can't be reached within ``patience``.
         """
-        return json.loads(self._send(image, "application/json", model, version))
+        if progress is None:
+            return json.loads(self._send(image, "application/json", model, version))
+        return json.loads(self._by_job(image, "application/json", model, version, progress))
 
     def save(
         self, image: str | Path, path: Path, form: Form, *, model: str | None = None, version: str | None = None
     ) -> Path:
-        """Write the mask (NIfTI, DICOM-SEG) or the overlay (PNG) of one image to ``path``.
+        """Write the mask (NIfTI, DICOM-SEG), the overlay (PNG) or the figures (DICOM-SR) of one image to ``path``.
 
         Raises:
             ServingError: as :meth:`predict`; or there is no such form of this image's answer.
@@ -83,7 +102,29 @@ class Client:
             partial.write_bytes(content)
         return path
 
-    def _send(self, image: str | Path, accept: str, model: str | None, version: str | None) -> bytes:
+    def _by_job(
+        self, image: str | Path, accept: str, model: str | None, version: str | None, progress: Callable[[float], None]
+    ) -> bytes:
+        pause = 0.1
+        for _ in range(_JOBS):
+            job = json.loads(self._send(image, accept, model, version, route="/v1/jobs"))
+            place = f"/v1/jobs/{job['id']}"
+            while job["state"] == "running":
+                progress(float(job["progress"]))
+                time.sleep(pause)
+                pause = min(2.0, pause * 1.3)
+                job = json.loads(self._ask("GET", place, None, {}))
+            if job["state"] != "lost":
+                break
+        answer = self._ask("GET", f"{place}/answer", None, {})
+        progress(1.0)
+        with contextlib.suppress(ServingError):  # it goes by itself, later
+            self._ask("DELETE", place, None, {})
+        return answer
+
+    def _send(
+        self, image: str | Path, accept: str, model: str | None, version: str | None, *, route: str = "/v1/predict"
+    ) -> bytes:
         given = {name: value for name, value in (("model", model), ("version", version)) if value is not None}
         query = f"?{urllib.parse.urlencode(given)}" if given else ""
         headers = {"Accept": accept, "Idempotency-Key": uuid.uuid4().hex, "Content-Type": "application/octet-stream"}
@@ -92,7 +133,7 @@ class Client:
             with tempfile.TemporaryFile() if place.is_dir() else place.open("rb") as file:
                 if place.is_dir():
                     _pack(place, file)
-                return self._ask("POST", f"/v1/predict{query}", file, headers)
+                return self._ask("POST", f"{route}{query}", file, headers)
         except OSError as error:
             raise ServingError(f"{place}: can't be read ({error.strerror or error})") from None
 

@@ -109,6 +109,13 @@ def test_read_results(study: Path, tmp_path: Path) -> None:
     assert re.search(r"^  dice: \d", printed, re.MULTILINE)
 
 
+def test_automl(study: Path, tmp_path: Path) -> None:
+    printed = example("automl.py", str(study), cwd=tmp_path)
+    assert re.search(r"^0 +(completed|pruned)", printed, re.MULTILINE) and "plan's default" in printed
+    (mask,) = (tmp_path / "answers").glob("*_seg.png")
+    assert mask.name in printed and f"report: {study / 'report.html'}" in printed
+
+
 def test_predict(study: Path, tmp_path: Path) -> None:
     printed = example("predict.py", str(study / "bundle"), cwd=tmp_path)
     found = [(int(count), int(pixels)) for count, pixels in re.findall(r": (\d+) of (\d+) pixels", printed)]

@@ -35,12 +35,13 @@ def test_contents(wheel: Path) -> None:
         metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
     assert "medray/py.typed" in names
-    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medray" / "config" / "conf").rglob("*.yaml")}
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medray" / "config").rglob("*.yaml")}
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medray/engines/ray/serve/web").iterdir()}
     templates = {
         p.relative_to(ROOT).as_posix() for p in (ROOT / "medray" / "report" / "templates").iterdir() if p.is_file()
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medray").rglob("*.py")}
-    assert configs and not (configs | templates | modules) - names
+    assert configs and not (configs | templates | page | modules) - names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"medray"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in text and "Requires-Python: >=3.11" in text

@@ -84,7 +84,7 @@ def write_segmentation(
 
     if labels.shape != image.shape:
         raise DataError(f"{path}: labels of shape {labels.shape} for an image of {image.shape}; they must be alike")
-    sources = _sources(files if files is not None else image.original.get("files", ()), image)
+    sources = source_headers(files if files is not None else image.original.get("files", ()), image)
     frames = _frames(labels, image, sources)
     present = [value for value in range(1, len(classes)) if (frames == value).any()]
     # An object without any segment is not allowed: an empty answer describes the classes that were looked for.
@@ -144,8 +144,13 @@ def _describe(number: int, name: str, value: int, algorithm: Algorithm) -> Any:
     )
 
 
-def _sources(files: Sequence[Path | str], image: Image) -> list[Any]:
-    """Headers of the source instances, with what the standard wants to be there, even if empty."""
+def source_headers(files: Sequence[Path | str], image: Image) -> list[Any]:
+    """Headers of the source instances, with what the standard wants to be there, even if empty.
+
+    Raises:
+        DataError: there are no source files.
+        UnreadableError: one is gone or damaged.
+    """
     import pydicom
 
     if not files:

@@ -12,6 +12,7 @@ import pytest
 from medray.cli.arguments import split_arguments
 from medray.cli.main import app, main
 from medray.cli.show import duration, run_folder, table
+from medray.config.spaces import shipped
 from medray.data.manifest import Case, Finding, Manifest
 from medray.errors import ConfigError, StudyError
 
@@ -71,6 +72,15 @@ def test_tune_hands_over_and_says_where_things_lie(
     assert keywords["address"] == "auto" and keywords["resume"] is None and callable(keywords["observer"])
     out = capsys.readouterr().out
     assert "Dice 0.9" in out and "report: runs/seg/report.html" in out and "bundle: runs/seg/bundle" in out
+
+
+@pytest.mark.parametrize("words", [["seg3d"], []])
+def test_tune_finds_a_shipped_space_by_its_name_or_by_the_data(
+    monkeypatch: pytest.MonkeyPatch, calls: Calls, words: list[str]
+) -> None:
+    calls.fake("medray.workflows.study", "tune", study_result())
+    assert run(monkeypatch, "tune", *words, "data=phantom://ct-lesions?cases=4&size=16") == 0
+    assert calls.seen[0][0][0] == shipped("seg3d")
 
 
 def test_tune_resumes_with_overrides(monkeypatch: pytest.MonkeyPatch, calls: Calls, tmp_path: Path) -> None:
@@ -191,7 +201,8 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, calls: Calls, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tune"], "needs a search space"),
+        (["tune"], "needs data"),
+        (["tune", "seg33", "data=x"], "seg3d"),
         (["tune", "none.yaml"], "none.yaml: no such file"),
         (["tune", "--resume", "nowhere"], "--resume nowhere: no such folder"),
         (["train", "data=x", "word"], "'word' is no override"),

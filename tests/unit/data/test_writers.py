@@ -13,6 +13,7 @@ from medray.data.image import Image
 from medray.data.readers import read_image, read_mask
 from medray.data.writers import nifti, picture
 from medray.data.writers.dicom_seg import Algorithm, write_segmentation
+from medray.data.writers.dicom_sr import write_report
 from medray.errors import DataError
 
 NOTE = "Research use only. Not a medical device."
@@ -261,3 +262,45 @@ def test_real_series(tmp_path, shared_data, place):
     x, y, z = np.rint(voxel[:3]).astype(int)
     assert (labels[x, y, z] == volume.array.ravel()).all()
     assert int(volume.array.sum()) == int(labels.sum()), "no labelled voxel is lost"
+
+
+def figures_of(path):
+    import highdicom as hd
+
+    groups = hd.sr.srread(path).content.get_image_measurement_groups()
+    return {
+        group.tracking_identifier: [
+            *((m.name.meaning, m.value, m.unit.value) for m in group.get_measurements()),
+            *(evaluation.value.meaning for evaluation in group.get_qualitative_evaluations()),
+        ]
+        for group in groups
+    }
+
+
+def test_dicom_sr_tells_the_figures_and_refers_to_its_series(tmp_path):
+    import pydicom
+
+    write_series(tmp_path / "series", (1, 0, 0, 0, 1, 0))
+    image = read_image("series", tmp_path)
+    path = tmp_path / "sr.dcm"
+    likely = {"gesund ü": 0.25, "krank": 0.75}
+    write_report(path, image, probabilities=likely, decided=("krank",), uncertainty=0.8, algorithm=ALGORITHM)
+    found = figures_of(path)
+    assert found["gesund ü"] == [("Probability", 0.25, "1"), "Absent"]
+    assert found["krank"] == [("Probability", 0.75, "1"), "Present"]
+    assert found["answer"] == [("Uncertainty (normalised entropy)", 0.8, "1")]
+    document = pydicom.dcmread(path)
+    assert document.VerificationFlag == "UNVERIFIED" and str(document.PatientName) == "Müller^Jörg"
+    sources = {pydicom.dcmread(file).SOPInstanceUID for file in (tmp_path / "series").iterdir()}
+    series = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    assert {one.ReferencedSOPInstanceUID for one in series.ReferencedSOPSequence} == sources
+    assert ALGORITHM.note in str(document)  # the intended use travels with it
+
+    write_report(path, image, volumes_ml={"organ" * 20: 21.3}, algorithm=ALGORITHM)
+    assert figures_of(path) == {("organ" * 20)[:64]: [("Volume", 21.3, "ml")]}
+    with pytest.raises(DataError, match="needs a figure"):
+        write_report(path, image, algorithm=ALGORITHM)
+    with pytest.raises(DataError, match="not known which DICOM files"):
+        write_report(
+            path, Image(array=np.zeros((1, 4, 4), np.float32), spacing=None), volumes_ml={"a": 1.0}, algorithm=ALGORITHM
+        )

@@ -42,6 +42,7 @@ class Fake(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: list[tuple[int, dict[str, str]]] = []
         self.asked: list[tuple[str, Any, bytes]] = []
+        self.jobs: list[dict[str, Any]] = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,13 +55,15 @@ class Handler(BaseHTTPRequestHandler):
         document: Any = FOUND if status == 200 else {"error": {"reason": "x", "message": "the reason"}}
         if self.path == "/v1/models":
             document = {"default": "cls", "models": [{**MODEL, "version": "0", "share": 0.1, "ndim": 3}, MODEL]}
+        if self.path.startswith("/v1/jobs") and self.command in ("GET", "POST") and "answer" not in self.path:
+            document = self.server.jobs.pop(0)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(json.dumps(document).encode())
 
-    do_GET = do_POST = _answer
+    do_GET = do_POST = do_DELETE = _answer
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing on stderr."""
@@ -95,6 +98,17 @@ def test_busy_and_broken_answers_are_asked_for_again_under_one_key(fake: Fake, i
     assert len({headers["Idempotency-Key"] for _, headers, _ in fake.asked}) == 1
     assert all(body == image.read_bytes() for _, _, body in fake.asked)
     assert fake.asked[0][1]["Authorization"] == "Bearer secret"
+
+
+def test_a_long_prediction_is_a_job_that_is_sent_again_where_it_was_lost(fake: Fake, image: Path) -> None:
+    states = [("running", 0.0), ("running", 0.5), ("lost", 0.5), ("running", 0.1), ("done", 1.0)]
+    fake.jobs = [{"id": "a" * 32, "state": state, "progress": progress} for state, progress in states]
+    told: list[float] = []
+    assert medray.Client(url(fake)).predict(image, model="seg", progress=told.append) == FOUND
+    sent = [(path, headers["Idempotency-Key"]) for path, headers, body in fake.asked if body]
+    assert [path for path, _ in sent] == ["/v1/jobs?model=seg"] * 2 and len({key for _, key in sent}) == 2
+    assert told == [0.0, 0.5, 0.1, 1.0]
+    assert fake.asked[-1][0] == f"/v1/jobs/{'a' * 32}" and not fake.jobs  # its answer is removed
 
 
 def test_what_is_refused_for_good_is_not_asked_again(fake: Fake, image: Path) -> None:

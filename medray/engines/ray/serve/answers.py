@@ -12,17 +12,18 @@ import numpy.typing as npt
 from medray.bundle.read import Bundle, Prediction
 from medray.data.fingerprint import Fingerprint
 from medray.data.image import Image
-from medray.data.writers import dicom_seg, nifti, picture
+from medray.data.writers import dicom_seg, dicom_sr, nifti, picture
 from medray.engines.ray.serve.refusal import RefusedError
 from medray.errors import DataError
 from medray.predict.predictor import Floats
 
-Form = Literal["json", "nifti", "png", "dicom"]
+Form = Literal["json", "nifti", "png", "dicom", "sr"]
 MEDIA: dict[Form, str] = {
     "json": "application/json",
     "nifti": "application/nifti",
     "png": "image/png",
     "dicom": "application/dicom",
+    "sr": "application/dicom",
 }
 _ALIASES: dict[str, Form] = {
     "application/json": "json",
@@ -56,7 +57,7 @@ def choose(accept: str | None, kind: str) -> Form:
     Raises:
         RefusedError: 406, nothing of it.
     """
-    offered: tuple[Form, ...] = ("json", "nifti", "png", "dicom") if kind == "segmentation" else ("json",)
+    offered: tuple[Form, ...] = ("json", "nifti", "png", "dicom", "sr") if kind == "segmentation" else ("json", "sr")
     return _best(accept, offered, offered[0], kind)
 
 
@@ -78,10 +79,14 @@ def _best(accept: str | None, offered: tuple[Form, ...], default: Form, what: st
         for parameter in parameters:
             if parameter.startswith("q="):
                 weight = _number(parameter[2:])
+            elif parameter == "object=sr" and form == "dicom":
+                form = "sr"
+        if form == "dicom" and form not in offered:
+            form = "sr"  # a classification has no mask, so there is one object that can be meant
         if form in offered and weight > 0 and (best is None or weight > best[0]):
             best = (weight, form)
     if best is None:
-        choices = ", ".join(MEDIA[form] for form in offered)
+        choices = ", ".join(dict.fromkeys(MEDIA[form] for form in offered))
         raise RefusedError(406, "not-acceptable", f"{what} answers as {choices}; name one of them in Accept")
     return best[1]
 
@@ -220,6 +225,32 @@ def as_file(form: Form, bundle: Bundle, labels: npt.NDArray[Any], image: Image, 
         path = folder / "answer.png"
         flat, drawn = most_telling(image, labels)
         picture.write_overlay(path, flat, drawn, note=spec.intended_use)
+    return path.read_bytes()
+
+
+def as_report(bundle: Bundle, document: dict[str, Any], image: Image, folder: Path) -> bytes:
+    """The figures of an answer, as :func:`as_json` gives them, as a DICOM-SR; written and read again in ``folder``.
+
+    Raises:
+        RefusedError: 406, the input can't be answered so.
+    """
+    if image.original.get("format") != "dicom":
+        raise RefusedError(406, "not-acceptable", "a DICOM-SR refers to a DICOM image, and another kind was sent")
+    spec, path = bundle.spec, folder / "answer.dcm"
+    algorithm = dicom_seg.Algorithm(name=spec.name, version=spec.versions.get("medray", ""), note=spec.intended_use)
+    try:
+        dicom_sr.write_report(
+            path,
+            image,
+            probabilities=document.get("probabilities"),
+            decided=document["classes"],
+            volumes_ml=document.get("volumes_ml"),
+            uncertainty=document["uncertainty"],
+            algorithm=algorithm,
+        )
+    except DataError as error:
+        text = str(error).replace(str(folder), "")
+        raise RefusedError(422, "no-report", f"no DICOM-SR can be written: {text}") from error
     return path.read_bytes()
 
 

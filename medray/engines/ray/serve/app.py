@@ -20,11 +20,13 @@ from medray.engines.ray.serve import bodies, protocol
 from medray.engines.ray.serve.intake import TYPES
 from medray.engines.ray.serve.journal import Kept
 from medray.engines.ray.serve.keys import Key, Scope, from_headers
+from medray.engines.ray.serve.page import add_page
 from medray.engines.ray.serve.refusal import RefusedError, is_full, no_space
 from medray.engines.ray.serve.schemas import (
     ANSWERS,
     PICTURES,
     Health,
+    JobState,
     ModelList,
     Prediction,
     Status,
@@ -35,6 +37,7 @@ from medray.engines.ray.serve.service import Explain, Job, Service
 
 Named = Annotated[str | None, Query(pattern=NAME, description="a model of /v1/models; left out: the default")]
 Versioned = Annotated[str | None, Query(pattern=NAME, description="one of its versions; left out: by their shares")]
+JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="as POST /v1/jobs gave it")]
 InPath = Annotated[str, Path(pattern=NAME)]
 _MOST_IDEMPOTENCY = 255
 _BODY = {
@@ -85,7 +88,9 @@ def create_app(get_service: Callable[[], Service]) -> FastAPI:
     _add_health(app, get_service)
     _add_models(app, get_service)
     _add_images(app, get_service)
+    _add_jobs(app, get_service)
     _add_tensors(app, get_service)
+    add_page(app)
     _add_errors(app)
     app.add_middleware(_Around, get_service=get_service)
     return app
@@ -184,37 +189,39 @@ def _add_models(app: FastAPI, get_service: Callable[[], Service]) -> None:
         return await is_ready(model, version)
 
 
-def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
-    async def job(
-        service: Service,
-        request: Request,
-        key: Key,
-        model: str | None,
-        version: str | None,
-        explain: Explain | None = None,
-    ) -> Job:
-        idempotency = request.headers.get("idempotency-key")
-        if idempotency is not None and not 1 <= len(idempotency) <= _MOST_IDEMPOTENCY:
-            raise RefusedError(400, "bad-key", f"an Idempotency-Key has 1 to {_MOST_IDEMPOTENCY} characters")
-        folder = service.new_folder()
-        try:
-            with service.uploads.admitted():
-                parts, digest = await bodies.save(request, folder, service.limits)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return Job(
-            folder=folder,
-            parts=parts,
-            digest=digest,
-            key=key,
-            model=model,
-            version=version,
-            accept=request.headers.get("accept"),
-            idempotency=idempotency,
-            explain=explain,
-        )
+async def _take_in(
+    service: Service,
+    request: Request,
+    key: Key,
+    model: str | None,
+    version: str | None,
+    explain: Explain | None = None,
+) -> Job:
+    """The image of a request, written down, and what is asked about it."""
+    idempotency = request.headers.get("idempotency-key")
+    if idempotency is not None and not 1 <= len(idempotency) <= _MOST_IDEMPOTENCY:
+        raise RefusedError(400, "bad-key", f"an Idempotency-Key has 1 to {_MOST_IDEMPOTENCY} characters")
+    folder = service.new_folder()
+    try:
+        with service.uploads.admitted():
+            parts, digest = await bodies.save(request, folder, service.limits)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Job(
+        folder=folder,
+        parts=parts,
+        digest=digest,
+        key=key,
+        model=model,
+        version=version,
+        accept=request.headers.get("accept"),
+        idempotency=idempotency,
+        explain=explain,
+    )
 
+
+def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
     @app.post(
         "/v1/predict",
         tags=["images"],
@@ -223,10 +230,10 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
         openapi_extra=_BODY,
     )
     async def predict(request: Request, model: Named = None, version: Versioned = None) -> Response:
-        """Answer one image (scope: predict): JSON, or by Accept a NIfTI mask, a PNG overlay or a DICOM-SEG."""
+        """Answer one image (scope: predict): JSON, or by Accept a NIfTI mask, a PNG overlay, a DICOM-SEG or -SR."""
         service = get_service()
         key = await _key(service, request, "predict", counted=True)
-        return await _answered(await job(service, request, key, model, version), service)
+        return await _answered(await _take_in(service, request, key, model, version), service)
 
     @app.post(
         "/v1/explain",
@@ -246,7 +253,59 @@ def _add_images(app: FastAPI, get_service: Callable[[], Service]) -> None:
         service = get_service()
         key = await _key(service, request, "explain", counted=True)
         wanted = Explain(method=method, target=target)
-        return await _answered(await job(service, request, key, model, version, wanted), service)
+        return await _answered(await _take_in(service, request, key, model, version, wanted), service)
+
+
+def _add_jobs(app: FastAPI, get_service: Callable[[], Service]) -> None:
+    async def state(service: Service, key: Key, token: str) -> JobState:
+        return JobState.model_validate(await asyncio.to_thread(service.jobs.state, key.id, token))
+
+    @app.post(
+        "/v1/jobs",
+        tags=["images"],
+        status_code=202,
+        responses=refusals(400, 401, 403, 408, 413, 415, 422, 429, 503),
+        openapi_extra=_BODY,
+    )
+    async def begin(request: Request, response: Response, model: Named = None, version: Versioned = None) -> JobState:
+        """Answer one image while the client goes its way (scope: predict); Accept decides what is answered then."""
+        service = get_service()
+        key = await _key(service, request, "predict", counted=True)
+        asked = await _take_in(service, request, key, model, version)
+        try:
+            token = await asyncio.to_thread(service.start_later, asked)
+        except BaseException:
+            shutil.rmtree(asked.folder, ignore_errors=True)
+            raise
+        response.headers["Location"] = f"/v1/jobs/{token}"
+        return await state(service, key, token)
+
+    @app.get("/v1/jobs/{job}", tags=["images"], responses=refusals(401, 403, 404, 422))
+    async def look(request: Request, job: JobId) -> JobState:
+        """How far a job is (scope: predict)."""
+        service = get_service()
+        return await state(service, await _key(service, request, "predict"), job)
+
+    @app.get(
+        "/v1/jobs/{job}/answer",
+        tags=["images"],
+        response_model=Prediction,
+        responses={**ANSWERS, **refusals(400, 401, 403, 404, 406, 409, 413, 415, 422, 500, 503)},
+    )
+    async def answer(request: Request, job: JobId) -> Response:
+        """What a job has come to, as /v1/predict answers; 409 while it runs (scope: predict)."""
+        service = get_service()
+        key = await _key(service, request, "predict")
+        kept = await asyncio.to_thread(service.jobs.answer, key.id, job)
+        return Response(kept.body, status_code=kept.status, headers=dict(kept.headers))
+
+    @app.delete("/v1/jobs/{job}", tags=["images"], status_code=204, responses=refusals(401, 403, 404, 422))
+    async def forget(request: Request, job: JobId) -> Response:
+        """Remove a job and its answer (scope: predict)."""
+        service = get_service()
+        key = await _key(service, request, "predict")
+        await asyncio.to_thread(service.jobs.forget, key.id, job)
+        return Response(status_code=204)
 
 
 async def _answered(asked: Job, service: Service) -> Response:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medray.engines.ray.serve.refusal import RefusedError
+from medray.engines.ray.serve.refusal import RefusedError, key_reused
 from medray.errors import ServingError
 
 _SWEEP_SECONDS = 30.0
@@ -190,7 +190,7 @@ class Slot:
         if not whole:  # its process died while it wrote
             return None
         if head["request"] != self._request:
-            raise RefusedError(422, "key-reused", "this Idempotency-Key was another request's; take a new one for each")
+            raise key_reused()
         return Kept(status=head["status"], headers=head["headers"], body=body)
 
     def keep(self, answer: Kept) -> None:

@@ -41,3 +41,8 @@ def is_full(error: BaseException) -> bool:
 def no_space() -> RefusedError:
     """503: the disk is full."""
     return RefusedError(503, "no-space", "the server's disk is full; try again later", retry_after=10)
+
+
+def key_reused() -> RefusedError:
+    """422: an Idempotency-Key that was another request's."""
+    return RefusedError(422, "key-reused", "this Idempotency-Key was another request's; take a new one for each")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,10 @@ class _Answer(BaseModel):
 class Problem(_Answer):
     reason: str = Field(description="a word for programs")
     message: str
+
+
+class Refusal(Problem):
+    status: int | None = Field(None, description="that the answer will have")
 
 
 class Error(_Answer):
@@ -61,6 +65,16 @@ class Prediction(_Answer):
     uncertainty: float | None = Field(description="normalised entropy: 0 certain, 1 no idea; null: not measured")
     flags: list[Flag]
     seconds: dict[str, float]
+
+
+class JobState(_Answer):
+    """A prediction that nobody waits for."""
+
+    id: str
+    state: Literal["running", "done", "failed", "lost"] = Field(description="lost: send the image again")
+    progress: float = Field(description="0 to 1, by the windows that the network has seen")
+    created: str
+    error: Refusal | None = Field(description="why there is no answer")
 
 
 class Served(_Answer):

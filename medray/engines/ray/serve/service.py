@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,15 +22,17 @@ from medray.data.preprocess import Preprocessor
 from medray.engines.ray.serve import answers, protocol
 from medray.engines.ray.serve.fleet import Fleet, MakeBatcher, Version
 from medray.engines.ray.serve.intake import Bounds, Part, read_upload, require_small
+from medray.engines.ray.serve.jobs import Jobs, Running
 from medray.engines.ray.serve.journal import Answers, Audit, Kept
 from medray.engines.ray.serve.keys import Key, KeyRing, Scope
 from medray.engines.ray.serve.meters import Meters
 from medray.engines.ray.serve.rates import Admission, RateLimit
-from medray.engines.ray.serve.refusal import RefusedError
+from medray.engines.ray.serve.refusal import RefusedError, is_full, no_space
 from medray.engines.ray.serve.work import Work
 from medray.errors import DataError, ModelError
 from medray.explain.cam import Method, explain
-from medray.predict.predictor import probabilities
+from medray.predict.predictor import Floats, probabilities
+from medray.predict.sliding import window_count
 
 _MOST_THREADS = 16
 _SHORT = 1 << 20  # bytes: a millisecond's work
@@ -52,6 +54,7 @@ class Job:
 
     Attributes:
         explain: None for a prediction.
+        tell: hears how far it is, 0 to 1.
         folder: private to it, with its files; removed by whoever answers it.
         digest: SHA-256 of all files, in hexadecimal.
         accept: the client's.
@@ -67,6 +70,13 @@ class Job:
     accept: str | None
     idempotency: str | None
     explain: Explain | None = None
+    tell: Callable[[float], None] | None = None
+
+    @property
+    def asked(self) -> str:
+        """Hash of all that is asked for."""
+        parts = [self.digest, self.model or "", self.version or "", self.accept or "", str(self.explain)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class Service:
@@ -90,6 +100,7 @@ class Service:
         self.audit = Audit(state / "audit.jsonl")
         self._work_folder = Work(state)
         self._answers = Answers(state / "answers", config.kept_answers)
+        self.jobs = Jobs(state / "jobs", config.kept_answers)
         self._rates = RateLimit(state / "rates")
         keys = config.security.keys
         self.ring = KeyRing(None if keys is None else Path(keys), self._keys_refused)
@@ -185,14 +196,29 @@ class Service:
             place.__exit__(None, None, None)
             raise
 
+    def start_later(self, job: Job) -> str:
+        """Have a job answered while its client goes its way; its id in :attr:`jobs`.
+
+        Raises:
+            RefusedError: 422, its Idempotency-Key was another request's; 429, too many wait.
+        """
+        token, running = self.jobs.begin(job.key.id, job.asked, job.idempotency)
+        if running is None:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            return token
+        try:
+            future: Future[Kept] = self.start(replace(job, idempotency=None, tell=running.tell))
+        except BaseException:
+            running.drop()
+            raise
+        future.add_done_callback(lambda ended: _keep(running, ended))
+        return token
+
     def _work(self, job: Job, place: Any) -> Kept:
         try:
             if job.idempotency is None:
                 return self._answer(job)
-            asked = hashlib.sha256(
-                "\0".join([job.digest, job.model or "", job.version or "", job.accept or "", str(job.explain)]).encode()
-            ).hexdigest()
-            with self._answers.slot(job.key.id, job.idempotency, asked) as slot:
+            with self._answers.slot(job.key.id, job.idempotency, job.asked) as slot:
                 if slot.kept is not None:
                     return replace(slot.kept, headers={**slot.kept.headers, "Idempotency-Replayed": "true"})
                 answer = self._answer(job)
@@ -212,20 +238,23 @@ class Service:
             begin = time.perf_counter()
             image = read_upload(job.parts, job.folder, ndim=spec.ndim, bounds=self._bounds)
             read = time.perf_counter() - begin
-            voxels = self._voxels(version, image, job)
+            voxels, shape = self._voxels(version, image, job)
+            engine = version if job.tell is None or shape is None else _Counted(version, shape, job.tell)
             with_probabilities = spec.kind != "segmentation" or (
-                form == "json" and 4 * len(spec.classes) * voxels <= answers.PROBABILITY_BYTES
+                form in ("json", "sr") and 4 * len(spec.classes) * voxels <= answers.PROBABILITY_BYTES
             )
             try:
-                found = version.bundle.predict(image, version, with_probabilities=with_probabilities)
+                found = version.bundle.predict(image, engine, with_probabilities=with_probabilities)
             except (DataError, ModelError) as error:
                 raise _unfit("unfit-image", error, image, job) from error
             found = replace(found, seconds={"read": read, **found.seconds})
             noted = answers.flags(version.bundle, version.fingerprint, image, found.labels)
             begin = time.perf_counter()
-            if form == "json":
+            if form in ("json", "sr"):
                 document = answers.as_json(version.bundle, found, image, noted, version.about)
                 body = json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+                if form == "sr":
+                    body = answers.as_report(version.bundle, document, image, job.folder)
             else:
                 assert found.labels is not None
                 body = answers.as_file(form, version.bundle, found.labels, image, job.folder)
@@ -253,8 +282,8 @@ class Service:
         headers |= {"Medray-Method": found.method, "Medray-Target": quote(found.target_name, safe=" ")}
         return Kept(status=200, headers=headers, body=body)
 
-    def _voxels(self, version: Version, image: Image, job: Job) -> int:
-        """Of one channel, on the image's own grid or as the network sees it, whichever has more.
+    def _voxels(self, version: Version, image: Image, job: Job) -> tuple[int, tuple[int, ...] | None]:
+        """Of one channel, on the image's own grid or as the network sees it, whichever has more; and the latter shape.
 
         Raises:
             RefusedError: 413, a small image with a large spacing would be too large once it is resampled; 422, it is
@@ -263,13 +292,13 @@ class Service:
         spec = version.bundle.spec
         own = math.prod(image.shape)
         if image.ndim != spec.ndim or len(image.array) != spec.channels:
-            return own  # which predicting will refuse
+            return own, None  # which predicting will refuse
         try:
             prepared = Preprocessor(spec.preprocess, ndim=spec.ndim, channels=spec.channels).geometry(image).prepared
         except DataError as error:
             raise _unfit("unfit-image", error, image, job) from error
         require_small(4 * spec.channels * math.prod(prepared), self._bounds, "resampled")
-        return max(own, math.prod(prepared))
+        return max(own, math.prod(prepared)), tuple(prepared)
 
     def _headers(self, version: Version, media: str) -> dict[str, str]:
         about = version.about
@@ -364,6 +393,38 @@ class Service:
             )
             await asyncio.wrap_future(written)
             return answer, headers
+
+
+class _Counted:
+    """A version's engine, telling which share of an image's windows it has seen."""
+
+    def __init__(self, version: Version, shape: Sequence[int], tell: Callable[[float], None]) -> None:
+        how = version.bundle.spec.inference
+        self.name, self.precision = version.name, version.precision
+        self._version, self._tell, self._seen = version, tell, 0
+        self._all = 1
+        if version.bundle.spec.kind == "segmentation":
+            self._all = window_count(shape, patch_size=how.patch_size, overlap=how.overlap, flip_axes=how.flip_axes)
+
+    def __call__(self, batch: Floats) -> Floats:
+        logits = self._version(batch)
+        self._seen += len(batch)
+        self._tell(min(0.99, self._seen / self._all))  # what is too large for memory sees some windows twice
+        return logits
+
+
+def _keep(running: Running, ended: Future[Kept]) -> None:
+    """What became of a job, for whoever asks for it."""
+    error = ended.exception()
+    if error is None:
+        running.done(ended.result())
+    elif isinstance(error, RefusedError):
+        running.failed(error)
+    elif is_full(error):
+        running.failed(no_space())
+    else:
+        logs.event("defect", level="error", error=type(error).__name__, route="/v1/jobs")
+        running.failed(RefusedError(500, "defect", "the server met a defect of its own; its log says where"))
 
 
 async def _off_the_loop(size: int, work: Callable[[], T]) -> T:

@@ -96,6 +96,23 @@ def test_a_dicom_series_comes_as_zip_or_multipart_and_goes_as_dicom_seg(client, 
     assert again["task"] == "segmentation" and "wrong-modality" in {flag["flag"] for flag in again["flags"]}
 
 
+def test_figures_go_as_a_dicom_structured_report(client, shared_data) -> None:
+    import highdicom as hd
+
+    files = sorted((shared_data / "dicom/dcmqi/data/segmentations/24x38x3/image").iterdir())
+    body = zipped({path.name: path.read_bytes() for path in files})
+    wanted = client.post("/v1/predict?model=seg", content=body).json()
+    answer = client.post("/v1/predict?model=seg", content=body, headers={"Accept": "application/dicom; object=sr"})
+    assert answer.status_code == 200 and answer.headers["content-type"] == "application/dicom"
+    groups = {
+        group.tracking_identifier: group.get_measurements()[0].value
+        for group in hd.sr.srread(io.BytesIO(answer.content)).content.get_image_measurement_groups()
+    }
+    assert groups == pytest.approx(wanted["volumes_ml"] | {"answer": wanted["uncertainty"]})
+    refused = client.post("/v1/predict", content=png(), headers={"Accept": "application/dicom"})
+    assert refused.status_code == 406 and "DICOM-SR" in refused.json()["error"]["message"]
+
+
 def test_arrays_and_channels(client) -> None:
     rng = np.random.default_rng(0)
     assert client.post("/v1/predict", content=npy(rng.random((20, 20)))).status_code == 200

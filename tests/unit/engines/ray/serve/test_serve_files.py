@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,18 @@ from medray.config.serving import load_serving
 from medray.engines.ray.serve.meters import Meters
 from medray.engines.ray.serve.replica import build
 from medray.errors import ConfigError
+
+
+def require_ray_s_schema(content: dict[str, Any]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(content)
+    # Ray takes unknown keys in silence: each of ours must be one of its own.
+    assert set(content) <= set(ServeDeploySchema.model_fields)
+    (application,) = schema.applications
+    assert set(content["applications"][0]) <= set(type(application).model_fields)
+    module, _, name = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), name) is build
 
 
 @pytest.fixture
@@ -27,18 +40,31 @@ def test_the_server_s_own_file(folder: Path) -> None:
 
 
 def test_ray_s_file_has_its_schema_and_names_what_is_there(folder: Path) -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    content = yaml.safe_load((folder / "config.yaml").read_text())
-    schema = ServeDeploySchema.model_validate(content)
-    # Ray takes unknown keys in silence: each of ours must be one of its own.
-    assert set(content) <= set(ServeDeploySchema.model_fields)
-    (application,) = schema.applications
-    assert set(content["applications"][0]) <= set(type(application).model_fields)
-    module, _, name = application.import_path.partition(":")
-    assert getattr(importlib.import_module(module), name) is build
+    require_ray_s_schema(yaml.safe_load((folder / "config.yaml").read_text()))
     with pytest.raises(ConfigError, match="confg"):
         build({"confg": "x"})
+
+
+def test_kubernetes_manifest_holds_together(folder: Path) -> None:
+    import ray
+
+    manifest = yaml.safe_load((folder / "kuberay.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    inner = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    require_ray_s_schema(inner)
+    cluster = manifest["spec"]["rayClusterConfig"]
+    assert cluster["rayVersion"] == ray.__version__
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    place = inner["applications"][0]["args"]["config"]
+    for group in groups:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
+        assert any(place.startswith(f"{path}/") for path in mounted.values())
+        assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
+    assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
+    assert not re.search(r"token: *[^,}\s]{16}", (folder / "kuberay.yaml").read_text())  # no secret in the file
 
 
 def test_the_board_asks_for_metrics_that_there_are(folder: Path) -> None:
