@@ -27,7 +27,7 @@ SECONDS, SEARCH_SECONDS = 22.0, 150.0
 """Of a training, and of a search: 48 and 4 of them, with their scoring some 40 minutes on two quiet cores."""
 QUICK_SECONDS, QUICK_STEPS = 2.0, 1
 ALIKE = 0.25
-"""How far a random genotype's parameters may be from the mean of the searched ones', as a share."""
+"""How far a random genotype may be below the smaller, or above the larger of the searched ones, in parameters."""
 STRATEGIES = ("darts", "enas")
 DEFAULT = "default"
 
@@ -131,16 +131,17 @@ class _Bench:
         from medray.search.nas.draw import random_genotype
         from medray.workflows.architecture import kind_of
 
-        wanted = mean(map(self._parameters, models))
+        sizes = [self._parameters(model) for model in models]
+        least, most = (1 - ALIKE) * min(sizes), (1 + ALIKE) * max(sizes)
         found: list[str] = []
         seed = 0
         while len(found) < count:
             seed += 1
             model = random_genotype(kind_of(self.recipe.manifest), NasConfig().nodes, seed).name
-            if self.quick or abs(self._parameters(model) - wanted) <= ALIKE * wanted:
+            if least <= self._parameters(model) <= most:
                 found.append(model)
             if seed == 20_000:
-                raise RuntimeError(f"no {count} random genotypes of {wanted:.0f} parameters, give or take {ALIKE:.0%}")
+                raise RuntimeError(f"no {count} random genotypes of {least:.0f} to {most:.0f} parameters")
         return found
 
     def _parameters(self, model: str | None) -> int:
