@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ class Rounds:
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
         self._document = experiment.model_dump(mode="json")
+        self._name = secrets.token_hex(16)
 
     def _central(self, statistics: frozenset[str]) -> Central | None:
         """The noise that this server adds, if any."""
@@ -143,6 +145,8 @@ class Rounds:
                 "federation.quorum asks for. Lower it, or add sites"
             )
         self._resume()
+        if self.config.secure_aggregation and not (self.directory / RECORD).exists():
+            self._save()  # its name: under another one, sites that were asked in the first round sit it out
         while self.round < self.config.rounds:
             self._one(sites)
         if not self.history or self.history[-1].get("last") is None:
@@ -208,7 +212,7 @@ class Rounds:
 
         A sum that can't be had, or that isn't fit, moves nothing: whose fault it is nobody can see.
         """
-        opened = open_round(self.hub, self.experiment, self.round, now.keys, self.weights)
+        opened = open_round(self.hub, self.experiment, self._parcel(), now.keys)
         for name, (state, why) in opened.lost.items():
             now.sites[name] |= {"state": state, "reason": why}
         for way, found in (("down", opened.down), ("up", opened.up)):
@@ -354,6 +358,8 @@ class Rounds:
         text: dict[str, Any] = {"experiment": self._document, "round": self.round}
         if self.central is not None:
             text["clip"] = self.central.clip
+        if self.config.secure_aggregation:
+            text["run"] = self._name
         return Parcel(text=text, arrays=self.weights)
 
     # -- which round is best
@@ -399,6 +405,7 @@ class Rounds:
         _write(self.directory / newest, lambda path: save_file(tensors, str(path)))
         document = {
             "version": 1,
+            "run": self._name,
             "experiment": self._document,
             "round": self.round,
             "weights": newest,
@@ -419,6 +426,7 @@ class Rounds:
             document = json.loads(path.read_text(encoding="utf-8"))
             tensors = load_file(str(self.directory / document["weights"]))
             same = Experiment.model_validate(document["experiment"]) == self.experiment
+            self._name = str(document.get("run", self._name))
             self.round, self.best, self.history = int(document["round"]), document["best"], document["history"]
         except Exception as error:
             raise FederationError(

@@ -13,7 +13,6 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError
 from medray.learn.aggregation.fixed import Codes, fixed_point
-from medray.learn.aggregation.mean import Weights
 from medray.privacy.secagg.roster import FEWEST, PublicKeys, hexes
 from medray.privacy.secagg.server import SecureServer
 from medray.privacy.secagg.site import Stage
@@ -52,15 +51,14 @@ class Opened:
     up: dict[str, int] = field(default_factory=dict)
 
 
-def open_round(hub: Hub, experiment: Experiment, number: int, keys: Mapping[str, PublicKeys], like: Weights) -> Opened:
+def open_round(hub: Hub, experiment: Experiment, asked: Parcel, keys: Mapping[str, PublicKeys]) -> Opened:
     """Ask the sites that trained for the sum of their updates.
 
     Args:
         hub: the way to them.
         experiment: of the run.
-        number: of the round, from 0.
+        asked: what they trained by: run, round and shared weights.
         keys: public keys by site, as they came with the end of its training.
-        like: the shared weights.
     """
     opened = Opened()
     least = max(FEWEST, experiment.federation.quorum)
@@ -68,7 +66,7 @@ def open_round(hub: Hub, experiment: Experiment, number: int, keys: Mapping[str,
         opened.reason = f"{len(keys)} sites trained, fewer than the {least} among whom an update is hidden"
         return opened
     try:
-        _Way(hub, experiment, number, SecureServer(topic_of(experiment, number), keys, least), like, opened).go()
+        _Way(hub, experiment, asked, SecureServer(topic_of(experiment, asked), keys, least), opened).go()
     except FederationError as error:
         opened.reason = str(error)
     return opened
@@ -80,9 +78,8 @@ class _Way:
 
     hub: Hub
     experiment: Experiment
-    number: int
+    asked: Parcel
     server: SecureServer
-    like: Weights
     opened: Opened
 
     def go(self) -> None:
@@ -96,7 +93,7 @@ class _Way:
         )
         shared = set(sealed)
         point = fixed_point(sites=len(everyone), alike=alike(self.experiment))
-        entries = sum(value.size for value in self.like.values())
+        entries = sum(value.size for value in self.asked.arrays.values())
         size = entries + 1 + self.experiment.federation.privacy.on
         masked = self._collect(
             "masked",
@@ -149,7 +146,7 @@ class _Way:
 
     def _ask(self, stage: Stage, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Parcel]:
         """The answers to a stage that are none of an error."""
-        about = {"ask": stage, "experiment": self.experiment.model_dump(mode="json"), "round": self.number}
+        about = {"ask": stage, **{key: self.asked.text[key] for key in ("experiment", "run", "round")}}
         present = set(self.hub.sites())
         # What all are told alike is written once.
         written = {id(text): Parcel(text={**about, **text}) for text in texts.values()}

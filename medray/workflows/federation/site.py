@@ -2,13 +2,13 @@
 
 A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
 that are its own, what compression left out. The state of the last two rounds is kept, with the answer that was given: a
-server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time.
+server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time;
+under secure aggregation there is none, see ``sealing``.
 State of another recipe is another run's, and counts for nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -45,7 +45,7 @@ from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime, MakeOptimizer
-from medray.workflows.federation.sealing import STAGES, Sealing
+from medray.workflows.federation.sealing import STAGES, Sealing, question_of
 from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
@@ -174,10 +174,12 @@ class SiteWorker:
         experiment = self._asked(parcel)
         federation = experiment.federation
         number = int(parcel.text["round"])
-        question = _digest(parcel)
+        question = question_of(parcel)
         given = self._given(experiment, number, question)
         if given is not None:
             return given
+        if federation.secure_aggregation:
+            self._sealing.permit(experiment, parcel)
         bench = self._set_up(experiment)
         state = self._load(bench, parcel, before=number)
         judged = self._judge(bench)
@@ -201,7 +203,7 @@ class SiteWorker:
         sent, left = compress(update, residual, federation.compression, federation.top)
         size: dict[str, Any] = {"cases": len(bench.splits.train)}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
-            keys = self._sealing.begin(experiment, number, update, size["cases"], clip=parcel.text.get("clip"))
+            keys = self._sealing.begin(experiment, parcel, update, size["cases"])
             sent, size = {}, {"keys": keys}
         losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
         if _discreet(experiment):
@@ -416,15 +418,6 @@ def _steps(experiment: Experiment, cases: int) -> int:
 
 def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-
-
-def _digest(parcel: Parcel) -> str:
-    """Of all that a question says."""
-    digest = hashlib.sha256(json.dumps(dict(parcel.text), sort_keys=True).encode())
-    for name, value in sorted(parcel.arrays.items()):
-        digest.update(f"{name}\0{value.dtype}\0{value.shape}\0".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()
 
 
 class _Keeps(LocalRuntime):

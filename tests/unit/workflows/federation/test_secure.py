@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ class SecureHub:
         if kind == "train":
             update = {"w": (np.float32(self.scale) * (GOAL[name] - w) / 2).astype(np.float32)}
             if experiment.federation.secure_aggregation:
-                clip = parcel.text.get("clip")
-                text["keys"] = sealing.begin(experiment, int(parcel.text["round"]), update, CASES[name], clip=clip)
+                text["keys"] = sealing.begin(experiment, parcel, update, CASES[name])
                 return Parcel(text=text)
             return Parcel(text=text | {"cases": CASES[name]}, arrays=update)
         return Parcel(text=text)
@@ -249,17 +249,62 @@ def test_a_strangers_answers_count_as_none(tmp_path: Path) -> None:
 def test_a_site_answers_for_its_own_run_and_round_alone(tmp_path: Path) -> None:
     experiment = Experiment.model_validate({"federation": {"quorum": 3, "secure_aggregation": True}})
     sealing = Sealing(tmp_path, "a")
-    text = {"experiment": experiment.model_dump(mode="json"), "round": 0, "ask": "shares", "roster": {}}
-    with pytest.raises(FederationError, match="no keys of round 1"):
+    asked = {"experiment": experiment.model_dump(mode="json"), "round": 0, "run": "a" * 32}
+    text = {**asked, "ask": "shares", "roster": {}}
+    with pytest.raises(FederationError, match="no keys of this run"):
         sealing.answer(experiment, Parcel(text=text))
-    sealing.begin(experiment, 0, {"w": np.ones(3, np.float32)}, 7)
-    with pytest.raises(FederationError, match="no keys of round 2"):
+    sealing.begin(experiment, Parcel(text=asked), {"w": np.ones(3, np.float32)}, 7)
+    with pytest.raises(FederationError, match="no keys of round 2 of this run, but of 1"):
         sealing.answer(experiment, Parcel(text=text | {"round": 1}))
+    with pytest.raises(FederationError, match="no keys of this run"):
+        sealing.answer(experiment, Parcel(text=text | {"run": "b" * 32}))
+    for wrong in ({"run": None}, {"run": "../" * 10}, {"round": -1}, {"round": True}):
+        with pytest.raises(FederationError, match="names its r"):
+            sealing.answer(experiment, Parcel(text=text | wrong))
     with pytest.raises(FederationError, match="its own keys"):
         sealing.answer(experiment, Parcel(text=text))
     with pytest.raises(FederationError, match="NaN or infinite"):
-        sealing.begin(experiment, 1, {"w": np.array([np.nan], np.float32)}, 7)
-    assert "update" not in json.dumps((tmp_path / "secret.pt").read_bytes().decode("latin-1"))
+        sealing.begin(experiment, Parcel(text=asked | {"round": 1}), {"w": np.array([np.nan], np.float32)}, 7)
+    (secret,) = tmp_path.rglob("secret.pt")
+    assert "update" not in json.dumps(secret.read_bytes().decode("latin-1"))
+
+
+def test_sites_that_were_sent_other_weights_sum_nothing(tmp_path: Path) -> None:
+    """A server would make one site's update stand out of the sum by what it lets the others train (Pasquini 2022)."""
+    hub = SecureHub(tmp_path / "sites")
+    original = hub._site
+
+    def misled(name: str, kind: Kind, parcel: Parcel) -> Parcel:
+        other = kind == "train" and name == "b"
+        return original(name, kind, replace(parcel, arrays={"w": parcel.arrays["w"] + 100}) if other else parcel)
+
+    hub._site = misled  # type: ignore[method-assign]
+    with pytest.raises(FederationError, match="discarded"):
+        run(tmp_path / "run", hub, rounds=1)
+
+
+def test_runs_at_once_do_not_meet_and_the_oldest_are_forgotten(tmp_path: Path) -> None:
+    experiments = [Experiment.model_validate({"seed": n, "federation": {"quorum": 3}}) for n in range(6)]
+    sealing, update = Sealing(tmp_path, "a"), {"w": np.ones(3, np.float32)}
+
+    def asked(n: int) -> Parcel:
+        return Parcel(text={"experiment": experiments[n].model_dump(mode="json"), "round": 0, "run": f"{n}" * 32})
+
+    def shares(n: int) -> None:
+        sealing.answer(experiments[n], Parcel(text={**asked(n).text, "ask": "shares", "roster": {}}))
+
+    for n in range(2):
+        sealing.begin(experiments[n], asked(n), update, 7)
+    for n in range(2):
+        with pytest.raises(FederationError, match="its own keys"):
+            shares(n)
+    for n in range(2, 6):
+        sealing.begin(experiments[n], asked(n), update, 7)
+    with pytest.raises(FederationError, match="no keys of this run"):
+        shares(0)
+    assert len(list((tmp_path / "sealed").iterdir())) == 4
+    with pytest.raises(PrivacyError, match="was answered before"):  # whether its keys were used nobody knows any more
+        sealing.permit(experiments[0], asked(0))
 
 
 @pytest.mark.parametrize(

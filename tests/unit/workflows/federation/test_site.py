@@ -17,7 +17,7 @@ from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import PolicyError, PrivacyError
+from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.privacy.accountant import PrivacyPlan
 from medray.workflows.federation import site as sites
 from medray.workflows.federation.attending import Guard
@@ -156,6 +156,39 @@ def test_what_may_not_be_paid_for_is_refused_before_an_image_is_read(
         worker("train", ask(table, spec(privacy=PRIVATE)))
     assert asked == [(6, 0)], "the whole run, of which nothing is made yet"
     assert worker("evaluate", ask(table, spec(privacy=PRIVATE))).text == {"metrics": {}, "judged": 0}
+
+
+def test_under_secure_aggregation_one_question_of_a_round_is_answered(table: Manifest, tmp_path: Path) -> None:
+    """Of two sums with other sites in them, the difference could be one site's update."""
+    experiment = spec(federation={"secure_aggregation": True, "quorum": 3})
+
+    def asked(number: int, *, run: str = "a", more: float = 0.0) -> Parcel:
+        parcel = ask(table, experiment, number)
+        arrays = {name: value + np.float32(more) for name, value in parcel.arrays.items()}
+        return Parcel(text={**parcel.text, "run": run * 32}, arrays=arrays)
+
+    def worker() -> SiteWorker:
+        return SiteWorker(place(table, tmp_path))
+
+    first = worker()("train", asked(0)).text["keys"]
+    assert worker()("train", asked(0)).text["keys"] == first, "to the same, the same"
+    for other in (asked(0, more=0.1), asked(0, run="b")):
+        with pytest.raises(PrivacyError, match="round 1 in other words"):
+            worker()("train", other)
+    for half in (0, 1):  # what was answered is lost, but nothing was told with the keys: it trains again
+        (tmp_path / "site" / f"state-{half}.pt").unlink(missing_ok=True)
+    again = worker()("train", asked(0)).text["keys"]
+    assert again != first
+    shares = {**asked(0).text, "ask": "shares", "roster": {"kiel": again}}
+    with pytest.raises(FederationError, match="too few to hide"):
+        worker()("query", Parcel(text=shares))
+    for number in (1, 2):
+        worker()("train", asked(number))
+    for earlier in (asked(0), asked(1, more=0.1)):  # of two rounds ago no state says so any more
+        with pytest.raises(PrivacyError, match="round 3 of this recipe was answered before"):
+            worker()("train", earlier)
+    with pytest.raises(FederationError, match="names its run"):
+        worker()("train", ask(table, experiment, 2))
 
 
 def test_too_few_patients_neither_train_nor_validate(
