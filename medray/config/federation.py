@@ -47,6 +47,16 @@ class CentralPrivacyConfig(Section):
         """Whether the server adds noise."""
         return self.epsilon is not None
 
+    @model_validator(mode="after")
+    def _makes_sense(self) -> CentralPrivacyConfig:
+        idle = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.epsilon is None and idle:
+            raise ValueError(
+                f"federation.privacy.{idle[0]} needs federation.privacy.epsilon, the bound that has to hold; without "
+                "it no noise is added. Set it"
+            )
+        return self
+
 
 class FederationConfig(Section):
     """Rounds of local training and aggregation. Read by ``medray federate``; other verbs leave it alone."""
@@ -103,6 +113,12 @@ class FederationConfig(Section):
             raise ValueError(
                 f"federation.strategy={self.strategy} can be moved far by a single site, so that no noise of "
                 "federation.privacy.epsilon would hide it. Choose fedavg, fedprox, fedadam, fedyogi or fedadagrad"
+            )
+        if self.privacy.on and (self.strategy == "fedbn" or self.local):
+            what = "strategy=fedbn" if self.strategy == "fedbn" else f"local={list(self.local)}"
+            raise ValueError(
+                f"federation.{what} under federation.privacy.epsilon: those weights would stay at the site without "
+                "noise, and its model would not be private. Choose another strategy, and leave federation.local empty"
             )
         if self.secure_aggregation:
             self._possible_unseen()
