@@ -35,6 +35,7 @@ from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
 from medray.privacy.rules import check_private
 from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.site import SiteFolder, SiteWorker
 
 __all__ = ["Guard", "attend_federation", "harmonised"]
@@ -142,7 +143,8 @@ class Guard:
             self.audit.write("refused", **about, reason=str(error)[:2000])
             raise
         except (FederationError, NonFiniteLossError, OutOfMemoryError) as error:  # these say nothing of cases
-            self.audit.write("failed", **about, reason=str(error)[:2000])
+            said = error.exactly if isinstance(error, KeptBackError) else str(error)
+            self.audit.write("failed", **about, reason=said[:2000])
             raise
         except Exception as error:
             # What any other error says may name a file or a patient: it stays here.

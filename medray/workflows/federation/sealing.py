@@ -36,7 +36,7 @@ from medray.privacy.secagg.identity import Signer
 from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
 
-__all__ = ["STAGES", "Sealing", "alike", "question_of", "topic_of"]
+__all__ = ["STAGES", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
 FOLDER, ASKED = "sealed", "asked.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
@@ -70,6 +70,18 @@ def topic_of(experiment: Experiment, parcel: Parcel) -> str:
     return f"{recipe_digest(experiment)}/{run}/{number}/{question_of(parcel)}"
 
 
+class KeptBackError(FederationError):
+    """An update that isn't fit to be summed.
+
+    Attributes:
+        exactly: the same with figures of the update, for this site's own log: they are what a mask is to hide.
+    """
+
+    def __init__(self, message: str, exactly: str) -> None:
+        super().__init__(message)
+        self.exactly = exactly
+
+
 class Sealing:
     """Of one site.
 
@@ -82,6 +94,15 @@ class Sealing:
     def __init__(self, directory: Path, name: str, signer: Callable[[], Signer] | None = None) -> None:
         self.directory, self.name, self._signer_of = directory, name, signer
         self._signer: Signer | None = None
+
+    def ready(self) -> None:
+        """Make sure, before anything is spent on a round, that its keys can be signed.
+
+        Raises:
+            FederationError: what signs isn't there, doesn't fit, or has run out.
+        """
+        self._signer = None  # a certificate may have been renewed since
+        self._sign()
 
     def permit(self, experiment: Experiment, asked: Parcel) -> None:
         """Refuse a question of a round that was answered to another, or of an earlier one, whatever run asks.
@@ -118,7 +139,7 @@ class Sealing:
 
         Raises:
             PrivacyError: see :meth:`permit`.
-            FederationError: the update isn't fit to be summed.
+            KeptBackError: the update isn't fit to be summed.
         """
         self.permit(experiment, asked)
         (run, number), recipe = _place(asked), recipe_digest(experiment)
@@ -179,13 +200,18 @@ class Sealing:
         """The update's norm, if it is fit: under a mask no server can look."""
         length = norm(update)
         if not math.isfinite(length):
-            raise FederationError(f"site {self.name}: its update holds NaN or infinite values, and is kept back")
+            reason = f"site {self.name}: its update holds NaN or infinite values, and is kept back"
+            raise KeptBackError(reason, reason)
         federation = experiment.federation
         if federation.privacy.on:  # it is clipped to what all may have
             return length
         reason = too_long(length, usual_norm(norms), outlier=federation.outlier, most=federation.max_norm)
         if reason is not None:
-            raise FederationError(f"site {self.name}: keeps its update back: {reason}")
+            raise KeptBackError(
+                f"site {self.name}: keeps its update back: it is too long (federation.outlier, federation.max_norm); "
+                "the site's own audit log says more",
+                f"site {self.name}: keeps its update back: {reason}",
+            )
         return length
 
     def _codes(self, folder: Path, experiment: Experiment, topic: str, sites: int) -> Codes:

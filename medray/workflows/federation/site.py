@@ -45,7 +45,7 @@ from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime, MakeOptimizer
-from medray.workflows.federation.sealing import STAGES, Sealing, question_of
+from medray.workflows.federation.sealing import STAGES, KeptBackError, Sealing, question_of
 from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
@@ -180,6 +180,7 @@ class SiteWorker:
             return given
         if federation.secure_aggregation:
             self._sealing.permit(experiment, parcel)
+            self._sealing.ready()
         bench = self._set_up(experiment)
         state = self._load(bench, parcel, before=number)
         judged = self._judge(bench)
@@ -201,23 +202,20 @@ class SiteWorker:
         update = {name: value - weights[name] for name, value in after.items()}
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
-        size: dict[str, Any] = {"cases": len(bench.splits.train)}
+        cases = len(bench.splits.train)
+        said: dict[str, Any] = {}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
-            keys = self._sealing.begin(experiment, parcel, update, size["cases"])
-            sent, size = {}, {"keys": keys}
+            try:
+                sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases)}
+            except KeptBackError as error:
+                self._refuse(bench, number, state, question, error)
+                raise
+        elif not _discreet(experiment):  # steps, and how long they took, tell of the number of cases
+            said = {"cases": cases, "steps": result.steps, "seconds": time.monotonic() - began}
         losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
-        if _discreet(experiment):
-            losses = []
-        answer = Parcel(
-            text={
-                **judged,
-                **size,
-                "steps": result.steps,
-                "loss": losses[-1] if losses else None,
-                "seconds": time.monotonic() - began,
-            },
-            arrays=sent,
-        )
+        if losses and not _discreet(experiment):
+            said["loss"] = losses[-1]
+        answer = Parcel(text={**judged, **said}, arrays=sent)
         self._keep(bench, number, runtime, left, question, answer)
         return answer
 
@@ -225,11 +223,14 @@ class SiteWorker:
         """The answer to this very question, if it was given before.
 
         Raises:
+            FederationError: it was refused before: trained again, it would be paid for again.
             PrivacyError: the round, or a later one, was answered to another question, and privacy is paid by the round.
         """
         found = _states(self.directory, recipe_digest(experiment))
         for state in found:
             if state["round"] == number and state["question"] == question:
+                if state.get("refused"):
+                    raise FederationError(state["refused"])
                 arrays = {name: value.numpy() for name, value in state["answer"].items()}
                 return Parcel(text=json.loads(state["text"]), arrays=arrays)
         done = max((int(state["round"]) for state in found), default=-1)
@@ -382,6 +383,23 @@ class SiteWorker:
             "question": question,
             "text": json.dumps(dict(answer.text)),
             "answer": _tensors(answer.arrays),
+        }
+        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+
+    def _refuse(
+        self, bench: _Bench, number: int, before: Mapping[str, Any], question: str, error: FederationError
+    ) -> None:
+        """Keep a refusal as the round's answer; the site goes on from where it was before the round."""
+        state = {
+            "recipe": bench.recipe,
+            "round": number,
+            "own": before.get("own", {}),
+            "optimizer": before.get("optimizer"),
+            "residual": before.get("residual", {}),
+            "question": question,
+            "text": "{}",
+            "answer": {},
+            "refused": str(error),
         }
         checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
 

@@ -19,9 +19,11 @@ from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Kind, Parcel
 from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.privacy.accountant import PrivacyPlan
+from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation import site as sites
 from medray.workflows.federation.attending import Guard
 from medray.workflows.federation.rounds import Rounds
+from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
 from medray.workflows.federation.site import SiteFolder, SiteWorker
 from medray.workflows.training import new_model
@@ -189,6 +191,40 @@ def test_under_secure_aggregation_one_question_of_a_round_is_answered(table: Man
             worker()("train", earlier)
     with pytest.raises(FederationError, match="names its run"):
         worker()("train", ask(table, experiment, 2))
+
+
+def test_what_can_not_leave_is_not_paid_for_twice(table: Manifest, tmp_path: Path) -> None:
+    """Nor at all, where the site has nothing to sign with."""
+    charged: list[int] = []
+    federation = {"secure_aggregation": True, "quorum": 3, "max_norm": 1e-9}
+    parcel = ask(table, spec(privacy=PRIVATE, federation=federation))
+    parcel = Parcel(text={**parcel.text, "run": "a" * 32}, arrays=parcel.arrays)
+
+    def none() -> Signer:
+        raise FederationError("node.crt: expired")
+
+    def worker(signer: Callable[[], Signer] | None = None) -> SiteWorker:
+        return SiteWorker(place(table, tmp_path), charge=lambda _, steps: charged.append(steps), signer=signer)
+
+    with pytest.raises(FederationError, match="expired"):
+        worker(none)("train", parcel)
+    assert charged == []
+    with pytest.raises(KeptBackError, match="too long") as found:
+        worker()("train", parcel)
+    assert "its norm" in found.value.exactly and "norm 0" not in str(found.value)
+    with pytest.raises(FederationError, match="too long"):
+        worker()("train", parcel)
+    assert charged == [0, 2], "the second time it says the same, and trains nothing"
+
+
+def test_under_noise_at_the_server_and_under_masks_no_count_leaves(table: Manifest, tmp_path: Path) -> None:
+    central = spec(federation={"privacy": {"epsilon": 5.0, "delta": 1e-3}})
+    text = SiteWorker(place(table, tmp_path / "central"))("train", ask(table, central)).text
+    assert text == {"metrics": {}, "judged": 0}
+    parcel = ask(table, spec(federation={"secure_aggregation": True, "quorum": 3}))
+    asked = Parcel(text={**parcel.text, "run": "a" * 32}, arrays=parcel.arrays)
+    text = SiteWorker(place(table, tmp_path / "masked"))("train", asked).text
+    assert text.keys() == {"metrics", "judged", "loss", "keys"}
 
 
 def test_too_few_patients_neither_train_nor_validate(
