@@ -12,6 +12,8 @@ Strategy = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fed
 ROBUST = ("median", "trimmed_mean", "krum")
 FEWEST_UNSEEN = 3
 """Sites whose sum may be known under secure aggregation."""
+HEAVIEST_SITE = 1 << 16
+"""Training cases that a site can count for at most under secure aggregation."""
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -97,6 +99,12 @@ class FederationConfig(Section):
         False,
         description="the server sees the sum of the sites' updates alone; it takes three sites, and more than half of "
         "those that trained in a round, to open one",
+    )
+    max_cases: int = Field(
+        HEAVIEST_SITE,
+        ge=1,
+        le=HEAVIEST_SITE,
+        description="under secure aggregation, training cases that a site counts for at most: nobody else sees them",
     )
     top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
     privacy: CentralPrivacyConfig = CentralPrivacyConfig()

@@ -107,6 +107,11 @@ def node_of(certificate: bytes, authority: bytes, *, now: dt.datetime) -> tuple[
     )
 
 
+def issued_at(certificate: bytes) -> int:
+    """From when a certificate (PEM) is valid, in seconds since 1970; of two of one site the later was made later."""
+    return int(x509.load_pem_x509_certificate(certificate).not_valid_before_utc.timestamp())
+
+
 def check_dates(certificate: x509.Certificate, what: str, *, now: dt.datetime) -> None:
     """Refuse a certificate outside its time.
 

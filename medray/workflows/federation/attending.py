@@ -119,7 +119,13 @@ class Guard:
         self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
         self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
-        self.worker = SiteWorker(folder, charge=self._charge, fewest=rules.fewest, signer=partial(_signer, rules))
+        self.worker = SiteWorker(
+            folder,
+            charge=self._charge,
+            fewest=rules.fewest,
+            signer=partial(_signer, rules),
+            note=lambda text: self.audit.write("noted", reason=text[:2000]),
+        )
         self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -300,6 +306,7 @@ def _request(experiment: Experiment, cases: int) -> Request:
         noise=experiment.privacy.noise_multiplier,
         unit=experiment.privacy.unit,
         secure_aggregation=federation.secure_aggregation,
+        quorum=federation.quorum,
     )
 
 

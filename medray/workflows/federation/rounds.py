@@ -32,7 +32,7 @@ from medray.privacy.secagg.roster import PublicKeys, keys_text, read_roster
 from medray.workflows.federation.sealing import topic_of
 from medray.workflows.federation.secure import open_round
 
-__all__ = ["Federated", "Rounds"]
+__all__ = ["FIGURES", "Federated", "Rounds"]
 
 State = Literal["ok", "late", "failed", "quarantined"]
 RECORD = "federation.json"
@@ -282,6 +282,7 @@ class Rounds:
     def _ask(self, now: _Round, missing: tuple[str, ...]) -> None:
         parcel = self._parcel()
         down = wire_size(parcel)
+        topic = topic_of(self.experiment, parcel) if self.config.secure_aggregation else ""
         began = time.monotonic()
         present = set(self.hub.sites())
         answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)
@@ -303,7 +304,9 @@ class Rounds:
             if answer.error is not None:
                 row |= {"state": "failed", "reason": answer.error}
                 continue
-            update, reason = self._keys(now, name, answer) if self.config.secure_aggregation else self._open(answer)
+            update, reason = (
+                self._keys(now, name, topic, answer) if self.config.secure_aggregation else self._open(answer)
+            )
             if update is None:
                 row |= {"state": "quarantined", "reason": reason}
                 continue
@@ -332,7 +335,7 @@ class Rounds:
             return None, f"it can't be read ({type(error).__name__}: {str(error)[:200]})"
         return (update, None) if reason is None else (None, reason)
 
-    def _keys(self, now: _Round, name: str, answer: Parcel) -> tuple[Weights | None, str | None]:
+    def _keys(self, now: _Round, name: str, topic: str, answer: Parcel) -> tuple[Weights | None, str | None]:
         """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
         reason = _odd(answer.text)
         if answer.arrays:
@@ -342,7 +345,7 @@ class Rounds:
             if reason is None:
                 read_roster({other: found.plain() for other, found in {**now.keys, name: keys}.items()})
                 if self._authority is not None:  # else the other sites would find out, and give the round up
-                    text = keys_text(topic_of(self.experiment, self._parcel()), name, keys.envelope, keys.mask)
+                    text = keys_text(topic, name, keys.envelope, keys.mask)
                     check_signature(self._authority, name, keys.certificate, keys.signature, text)
                 now.keys[name] = keys
         except FederationError as error:

@@ -2,7 +2,8 @@
 
 Each run has a folder: ``secret.pt`` has the keys of its newest round and what was answered with them, ``unsent.pt`` the
 update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that was answered and
-the digest of its question. All are on the disk before an answer leaves: a site that was killed answers as before.
+the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All are on the disk
+before an answer leaves: a site that was killed answers as before.
 
 One question of a round is answered, whatever run asks it: from the sums of two, among other sites, a server would take
 one site's update by difference. The question's digest is in what the sites sign of their keys: sites that were sent
@@ -28,17 +29,19 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Parcel
 from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.checks import norm, too_long, usual_norm
-from medray.learn.aggregation.fixed import HEAVIEST, Codes, fixed_point, flat
+from medray.learn.aggregation.fixed import Codes, fixed_point, flat
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.central import clipped
+from medray.privacy.credentials import issued_at
 from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
+from medray.privacy.secagg.roster import read_roster
 from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
 
 __all__ = ["STAGES", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
-FOLDER, ASKED = "sealed", "asked.pt"
+FOLDER, ASKED, PEERS = "sealed", "asked.pt", "peers.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
 RUNS = 4
 """Whose folders are kept."""
@@ -89,10 +92,18 @@ class Sealing:
         directory: of the site.
         name: of the site.
         signer: gives the site's node key, when it is first needed; None in a simulation.
+        note: hears what the site's owner should know, and nobody else.
     """
 
-    def __init__(self, directory: Path, name: str, signer: Callable[[], Signer] | None = None) -> None:
-        self.directory, self.name, self._signer_of = directory, name, signer
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        signer: Callable[[], Signer] | None = None,
+        *,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.directory, self.name, self._signer_of, self._note = directory, name, signer, note
         self._signer: Signer | None = None
 
     def ready(self) -> None:
@@ -149,7 +160,10 @@ class Sealing:
         length = self._checked(update, norms, experiment)
         topic = topic_of(experiment, asked)
         site = SecureSite.begin(topic=topic, name=self.name, quorum=experiment.federation.quorum)
-        weight = 1 if alike(experiment) else max(1, min(cases, HEAVIEST))
+        most = 1 if alike(experiment) else experiment.federation.max_cases
+        if cases > most > 1:
+            self._note(f"round {number + 1}: counts for {most} cases, of {cases} (federation.max_cases)")
+        weight = max(1, min(cases, most))
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in update.items()}
         unsent = {"topic": topic, "weight": weight, "clip": asked.text.get("clip"), "update": tensors}
         checkpoint.save(folder / UNSENT, unsent)
@@ -180,6 +194,8 @@ class Sealing:
         text, masked = site.answer(
             stage, said, signer=self._sign(), codes=lambda sites: self._codes(folder, experiment, topic, sites)
         )
+        if stage == "shares" and self._signer_of is not None:
+            self._recognise(said)
         if masked is not None:
             words = masked.view(masked.dtype.str.replace("u", "i"))
             checkpoint.save(folder / MASKED, {"topic": topic, "masked": torch.from_numpy(words)})
@@ -200,8 +216,8 @@ class Sealing:
         """The update's norm, if it is fit: under a mask no server can look."""
         length = norm(update)
         if not math.isfinite(length):
-            reason = f"site {self.name}: its update holds NaN or infinite values, and is kept back"
-            raise KeptBackError(reason, reason)
+            broken = f"site {self.name}: its update holds NaN or infinite values, and is kept back"
+            raise KeptBackError(broken, broken)
         federation = experiment.federation
         if federation.privacy.on:  # it is clipped to what all may have
             return length
@@ -218,10 +234,13 @@ class Sealing:
         kept: Mapping[str, Any] = checkpoint.load(folder / UNSENT) or {}
         if kept.get("topic") != topic:
             raise FederationError(f"site {self.name}: its update of this round is gone")
-        point = fixed_point(sites=sites, alike=alike(experiment))
+        point = fixed_point(sites=sites, alike=alike(experiment), heaviest=experiment.federation.max_cases)
         row = flat({name: value.numpy() for name, value in kept["update"].items()})
         if experiment.federation.privacy.on:
             row = _bounded(row, kept["clip"], point.step)
+        cut = int((np.abs(row) > point.reach).sum())
+        if cut:
+            self._note(f"{cut} of {row.size} entries of an update were beyond {point.reach:g}, and were cut to that")
         return point.encode(row, int(kept["weight"]))
 
     def _folder(self, experiment: Experiment, run: str) -> Path:
@@ -234,6 +253,23 @@ class Sealing:
         others = [folder for folder in (self.directory / FOLDER).iterdir() if folder != newest]
         for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[: -(RUNS - 1)]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _recognise(self, said: Mapping[str, Any]) -> None:
+        """Remember the certificates of a roster whose signatures were found true.
+
+        Raises:
+            FederationError: one is older than what the same site has shown before: its key was renewed since.
+        """
+        known: dict[str, int] = dict((checkpoint.load(self.directory / PEERS) or {}).get("issued", {}))
+        for site, keys in read_roster(said.get("roster")).items():
+            issued = issued_at(keys.certificate)
+            if issued < known.get(site, issued):
+                raise FederationError(
+                    f"site {self.name}: the certificate of site {site!r} is older than one that it has shown before. "
+                    "Its key was renewed, and the old one counts for nothing"
+                )
+            known[site] = issued
+        checkpoint.save(self.directory / PEERS, {"issued": known})
 
     def _asked(self) -> dict[str, list[Any]]:
         """By recipe, the highest round that was answered and the digest of its question."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -60,13 +61,14 @@ def open_round(hub: Hub, experiment: Experiment, asked: Parcel, keys: Mapping[st
         asked: what they trained by: run, round and shared weights.
         keys: public keys by site, as they came with the end of its training.
     """
-    opened = Opened()
-    least = max(FEWEST, experiment.federation.quorum)
+    opened, federation = Opened(), experiment.federation
+    least = max(FEWEST, federation.quorum)
     if len(keys) < least:
         opened.reason = f"{len(keys)} sites trained, fewer than the {least} among whom an update is hidden"
         return opened
     try:
-        _Way(hub, experiment, asked, SecureServer(topic_of(experiment, asked), keys, least), opened).go()
+        server, until = SecureServer(topic_of(experiment, asked), keys, least), monotonic() + federation.deadline
+        _Way(hub, experiment, asked, server, opened, until).go()
     except FederationError as error:
         opened.reason = str(error)
     return opened
@@ -74,13 +76,18 @@ def open_round(hub: Hub, experiment: Experiment, asked: Parcel, keys: Mapping[st
 
 @dataclass
 class _Way:
-    """Through one round; what comes of it, and who is lost, goes into ``opened``."""
+    """Through one round; what comes of it, and who is lost, goes into ``opened``.
+
+    All stages together have ``federation.deadline``, and end at ``until``. It isn't the training's: a site that trains
+    until then would leave no time for the others' sum.
+    """
 
     hub: Hub
     experiment: Experiment
     asked: Parcel
     server: SecureServer
     opened: Opened
+    until: float
 
     def go(self) -> None:
         """All stages; fills :attr:`opened`."""
@@ -92,7 +99,8 @@ class _Way:
             lambda name, answer: server.envelopes(name, answer.text.get("envelopes")),
         )
         shared = set(sealed)
-        point = fixed_point(sites=len(everyone), alike=alike(self.experiment))
+        most = self.experiment.federation.max_cases
+        point = fixed_point(sites=len(everyone), alike=alike(self.experiment), heaviest=most)
         entries = sum(value.size for value in self.asked.arrays.values())
         size = entries + 1 + self.experiment.federation.privacy.on
         masked = self._collect(
@@ -152,7 +160,10 @@ class _Way:
         written = {id(text): Parcel(text={**about, **text}) for text in texts.values()}
         parcels = {name: written[id(text)] for name, text in sorted(texts.items()) if name in present}
         deadline = self.experiment.federation.deadline
-        wait = deadline if stage == "masked" else min(deadline, SMALL_SECONDS)
+        left = self.until - monotonic()
+        if left <= 0:
+            raise FederationError(f"no time is left for {stage}: its stages took {deadline:g} s (federation.deadline)")
+        wait = left if stage == "masked" else min(left, SMALL_SECONDS)
         answers = self.hub.ask("query", parcels, wait)
         found: dict[str, Parcel] = {}
         for name in sorted(texts):
@@ -160,7 +171,7 @@ class _Way:
             if name in parcels:
                 self.opened.down[name] = self.opened.down.get(name, 0) + wire_size(parcels[name])
             if answer is None:
-                why = f"no answer to {stage} within {wait:g} s" if name in present else f"gone before {stage}"
+                why = f"no answer to {stage} within {wait:.3g} s" if name in present else f"gone before {stage}"
                 self.opened.lost[name] = ("late", f"trained, then {why}")
                 continue
             self.opened.up[name] = self.opened.up.get(name, 0) + answer.size

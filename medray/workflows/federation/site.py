@@ -124,6 +124,7 @@ class SiteWorker:
         charge: called before each round of private training; None in a simulation, whose sites have no ledger.
         fewest: patients that must train, or nothing is trained; and validate, or nothing is judged.
         signer: gives this site's node key, for secure aggregation; None in a simulation.
+        note: hears what the site's owner should know, and nobody else.
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class SiteWorker:
         charge: Charge | None = None,
         fewest: int = 1,
         signer: Callable[[], Signer] | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder, self._charge, self._fewest = folder, charge, fewest
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
-        self._sealing = Sealing(self.directory, folder.name, signer)
+        self._sealing = Sealing(self.directory, folder.name, signer, note=note)
         self._bench: _Bench | None = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:

@@ -22,6 +22,7 @@ from medray.privacy.credentials import issue_node, new_authority
 from medray.privacy.secagg import identity
 from medray.privacy.secagg.identity import Signer
 from medray.privacy.secagg.site import STAGES
+from medray.workflows.federation import secure
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.sealing import Sealing
 
@@ -38,6 +39,7 @@ class SecureHub:
 
     def __init__(self, folder: Path, bad: Mapping[str, Bad] | None = None, *, scale: float = 1.0) -> None:
         self.folder, self.bad, self.scale = folder, dict(bad or {}), scale
+        self.notes: list[str] = []
         self.left: list[tuple[str, str, Parcel]] = []
         self.updates: list[dict[str, np.ndarray[Any, Any]]] = []
 
@@ -59,7 +61,7 @@ class SecureHub:
         return found
 
     def _sealing(self, name: str) -> Sealing:
-        return Sealing(self.folder / name, name)  # each time as after a restart
+        return Sealing(self.folder / name, name, note=self.notes.append)  # each time as after a restart
 
     def _site(self, name: str, kind: Kind, parcel: Parcel) -> Parcel:
         sealing = self._sealing(name)
@@ -87,7 +89,7 @@ def made(directory: Path, hub: SecureHub, **options: Any) -> Rounds:
     rounds = Rounds(
         hub,
         directory,
-        Experiment.model_validate({"federation": federation}),
+        Experiment.model_validate({"seed": federation.pop("seed", 0), "federation": federation}),
         start(),
         frozenset(),
         objective=("val/error", "min"),
@@ -280,6 +282,63 @@ def test_one_bad_certificate_costs_its_own_site_the_round(
         ("quarantined", "signature of site 'd' is false") if fault == "signature" else ("failed", "node.crt: expired")
     )
     assert entry["sites"]["d"]["state"] == wanted[0] and wanted[1] in entry["sites"]["d"]["reason"]
+
+
+def test_all_stages_have_one_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites that each take a stage's whole time would else have a round last for hours."""
+    now, waits, hub = [0.0], [], SecureHub(tmp_path / "sites")
+    monkeypatch.setattr(secure, "monotonic", lambda: now[0])
+    ask = hub.ask
+
+    def slow(kind: Kind, parcels: Mapping[str, Parcel], deadline: float) -> dict[str, Parcel]:
+        if kind == "query":
+            waits.append(deadline)
+            now[0] += 250
+        return ask(kind, parcels, deadline)
+
+    hub.ask = slow  # type: ignore[method-assign]
+    with pytest.raises(FederationError, match=r"no time is left for unmask.*federation\.deadline"):
+        run(tmp_path / "run", hub, rounds=1, deadline=600)
+    assert waits == [300, 350, 100]
+
+
+def test_a_site_counts_by_no_more_cases_than_agreed_and_says_what_it_cut(tmp_path: Path) -> None:
+    hub = SecureHub(tmp_path / "sites", scale=1e6)
+    found = run(tmp_path / "run", hub, rounds=1, max_cases=20)
+    shares = np.array([10, 20, 20, 20]) / 70
+    moved = [np.clip(1e6 * (goal - start()["w"]) / 2, -4096, 4096) for goal in GOAL.values()]
+    assert found.weights["w"] == pytest.approx(start()["w"] + shares @ np.array(moved), abs=1e-2)
+    assert sum("counts for 20" in note for note in hub.notes) == 2
+    assert sum("beyond 4096" in note and "were cut" in note for note in hub.notes) == 4
+
+
+def test_a_certificate_older_than_one_that_was_shown_before_is_refused(tmp_path: Path) -> None:
+    """A key that was stolen, and has been renewed since, speaks for nobody where the new one has been seen."""
+    now = dt.datetime.now(dt.UTC)
+    authority = new_authority("lungs", now=now - dt.timedelta(days=9))
+
+    def signers(days: int) -> dict[str, Signer]:
+        found = {}
+        for name in GOAL:
+            made_at = now - dt.timedelta(days=days if name == "d" else 5)
+            node = issue_node(authority, name, now=made_at, days=30)
+            found[name] = Signer(name, certificate=node.certificate, key=node.key, authority=authority.certificate)
+        return found
+
+    class Signs(SecureHub):
+        by: Mapping[str, Signer]
+
+        def _sealing(self, name: str) -> Sealing:
+            return Sealing(self.folder / name, name, lambda: self.by[name])
+
+    hub = Signs(tmp_path / "sites")
+    hub.by = old = signers(5)
+    assert "discarded" not in run(tmp_path / "one", hub, rounds=1).history[0]
+    hub.by = {**old, "d": signers(1)["d"]}
+    assert "discarded" not in run(tmp_path / "two", hub, rounds=1, seed=1).history[0]
+    hub.by = old
+    with pytest.raises(FederationError, match="certificate of site 'd' is older than one that it has shown before"):
+        run(tmp_path / "three", hub, rounds=1, seed=2)
 
 
 def test_a_strangers_answers_count_as_none(tmp_path: Path) -> None:
