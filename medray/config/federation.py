@@ -12,6 +12,8 @@ Strategy = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fed
 ROBUST = ("median", "trimmed_mean", "krum")
 FEWEST_UNSEEN = 3
 """Sites whose sum may be known under secure aggregation."""
+HEAVIEST_SITE = 1 << 16
+"""Training cases that a site can count for at most under secure aggregation."""
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -46,6 +48,16 @@ class CentralPrivacyConfig(Section):
     def on(self) -> bool:
         """Whether the server adds noise."""
         return self.epsilon is not None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> CentralPrivacyConfig:
+        idle = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.epsilon is None and idle:
+            raise ValueError(
+                f"federation.privacy.{idle[0]} needs federation.privacy.epsilon, the bound that has to hold; without "
+                "it no noise is added. Set it"
+            )
+        return self
 
 
 class FederationConfig(Section):
@@ -88,6 +100,12 @@ class FederationConfig(Section):
         description="the server sees the sum of the sites' updates alone; it takes three sites, and more than half of "
         "those that trained in a round, to open one",
     )
+    max_cases: int = Field(
+        HEAVIEST_SITE,
+        ge=1,
+        le=HEAVIEST_SITE,
+        description="under secure aggregation, training cases that a site counts for at most: nobody else sees them",
+    )
     top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
     privacy: CentralPrivacyConfig = CentralPrivacyConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -103,6 +121,12 @@ class FederationConfig(Section):
             raise ValueError(
                 f"federation.strategy={self.strategy} can be moved far by a single site, so that no noise of "
                 "federation.privacy.epsilon would hide it. Choose fedavg, fedprox, fedadam, fedyogi or fedadagrad"
+            )
+        if self.privacy.on and (self.strategy == "fedbn" or self.local):
+            what = "strategy=fedbn" if self.strategy == "fedbn" else f"local={list(self.local)}"
+            raise ValueError(
+                f"federation.{what} under federation.privacy.epsilon: those weights would stay at the site without "
+                "noise, and its model would not be private. Choose another strategy, and leave federation.local empty"
             )
         if self.secure_aggregation:
             self._possible_unseen()

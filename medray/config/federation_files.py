@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from medray.config.federation import FEWEST_UNSEEN
 from medray.config.paths import did_you_mean
 from medray.config.schema import Positive, Section
 from medray.config.yamlfile import read_yaml
@@ -72,6 +73,12 @@ class SitePrivacy(Section):
     )
     require_secure_aggregation: bool = Field(
         False, description="refuse runs whose server would see this site's updates by themselves"
+    )
+    least_sites: int = Field(
+        FEWEST_UNSEEN,
+        ge=FEWEST_UNSEEN,
+        le=1000,
+        description="refuse runs under secure aggregation with a smaller quorum: no sum may be over fewer sites",
     )
     share_fingerprint: bool = Field(
         False, description="let exact counts, shapes and intensities of the data leave, for a plan made from all sites"

@@ -8,7 +8,7 @@ holds against every attack: at a false-positive rate f no more than ``exp(epsilo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """What the attack found; intervals of 95 %, by the bootstrap over members and others.
+    """What the attack found; intervals of 95 %, by the bootstrap over members and others, or over their patients.
 
     Attributes:
         auc: .5 is guessing; members against others.
@@ -47,6 +47,7 @@ def membership_attack(
     members: npt.ArrayLike,
     others: npt.ArrayLike,
     *,
+    groups: tuple[Sequence[str], Sequence[str]] | None = None,
     false_positives: float = 0.01,
     resamples: int = 1000,
     seed: int = 0,
@@ -56,6 +57,7 @@ def membership_attack(
     Args:
         members: (N,) losses of images that it was trained on.
         others: (M,) losses of images like them that it has never seen.
+        groups: the patient of each member and of each other: a patient's images are drawn together in the bootstrap.
         false_positives: at which the true positives are told.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -69,9 +71,11 @@ def membership_attack(
             f"{len(inside)} losses of members and {len(outside)} of others: the attack needs two of each, none NaN"
         )
     rng = np.random.default_rng(seed)
+    of_members, of_others = groups or (range(len(inside)), range(len(outside)))
+    parts, rest = _by_group(inside, of_members), _by_group(outside, of_others)
 
     def again(measure: Callable[[Floats, Floats], float]) -> tuple[float, float]:
-        found = [measure(rng.choice(inside, len(inside)), rng.choice(outside, len(outside))) for _ in range(resamples)]
+        found = [measure(_drawn(parts, rng), _drawn(rest, rng)) for _ in range(resamples)]
         low, high = np.quantile(found, [0.025, 0.975])
         return float(low), float(high)
 
@@ -97,6 +101,16 @@ def most_true_positives(epsilon: float, delta: float, false_positives: float) ->
     """The most that any attack finds of members of an (epsilon, delta)-private training (Kairouz et al. 2015)."""
     grown = math.exp(min(epsilon, 700.0))
     return min(1.0, grown * false_positives + delta, 1 - (1 - delta - false_positives) / grown)
+
+
+def _by_group(values: Floats, groups: Sequence[str] | Sequence[int]) -> list[Floats]:
+    _, at = np.unique(np.asarray(groups), return_inverse=True)
+    return [values[at == group] for group in range(int(at.max()) + 1)]
+
+
+def _drawn(parts: list[Floats], rng: np.random.Generator) -> Floats:
+    """As many groups as there are, by lot, with all that they hold."""
+    return np.concatenate([parts[k] for k in rng.integers(len(parts), size=len(parts))])
 
 
 def _auc(inside: Floats, outside: Floats) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from medray.errors import PrivacyError
 from medray.privacy.chain import Chain
 
-Event = Literal["started", "asked", "refused", "released", "failed"]
+Event = Literal["started", "asked", "refused", "released", "failed", "noted"]
 
 
 @dataclass(frozen=True, kw_only=True)

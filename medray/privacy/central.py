@@ -103,8 +103,8 @@ class Central:
         """The noised mean, where the sum alone is known; C moves for the next round.
 
         Args:
-            total: (D,) sum of updates that their sites clipped to :attr:`clip`.
-            inside: sum over sites of 1/2 where nothing had to be clipped, else -1/2.
+            total: (D,) sum of updates that their sites clipped to :attr:`clip`; a longer one is cut to what all may.
+            inside: sum over sites of 1/2 where nothing had to be clipped, else -1/2; within what so many can give.
             sites: how many.
 
         Raises:
@@ -113,6 +113,9 @@ class Central:
         if self.released >= self.plan.rounds:
             raise PrivacyError(f"round {self.released + 1} is beyond the {self.plan.rounds} that noise was planned for")
         self.released += 1
+        # Under masks nobody has looked whether each site clipped: one that didn't moves no more than all may together.
+        total = clipped(total, sites * self.clip)[0]
+        inside = min(max(inside, -sites / 2), sites / 2)
         noised = total + self.plan.updates * self.clip * self._random.normal(total.size)
         if self.plan.counts is not None:
             share = (inside + self.plan.counts * float(self._random.normal(1)[0])) / sites + 0.5

@@ -95,12 +95,21 @@ def node_of(certificate: bytes, authority: bytes, *, now: dt.datetime) -> tuple[
             "the server runs with"
         ) from None
     check_dates(found, f"certificate of {site!r}", now=now)
-    usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    if ExtendedKeyUsageOID.CLIENT_AUTH not in usage:
+    try:
+        usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        node = ExtendedKeyUsageOID.CLIENT_AUTH in usage
+    except (x509.ExtensionNotFound, ValueError):  # such as the authority's own
+        node = False
+    if not node:
         raise FederationError(f"certificate of {site!r}: is no site's. Take the one from its start-up kit")
     return site, found.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+
+
+def issued_at(certificate: bytes) -> int:
+    """From when a certificate (PEM) is valid, in seconds since 1970; of two of one site the later was made later."""
+    return int(x509.load_pem_x509_certificate(certificate).not_valid_before_utc.timestamp())
 
 
 def check_dates(certificate: x509.Certificate, what: str, *, now: dt.datetime) -> None:

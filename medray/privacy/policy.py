@@ -28,6 +28,7 @@ class Request:
         noise: smallest noise multiplier of a step; None without differential privacy.
         unit: what is protected, ``record`` or ``patient``.
         secure_aggregation: whether the server sees sums of updates alone.
+        quorum: sites that it takes to open a sum, at the least.
     """
 
     recipe: str
@@ -40,6 +41,7 @@ class Request:
     noise: float | None = None
     unit: str = "record"
     secure_aggregation: bool = False
+    quorum: int = 0
 
 
 def recipe_digest(experiment: Experiment) -> str:
@@ -101,6 +103,11 @@ def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[s
         yield (
             "the server would see this site's updates (federation.secure_aggregation is false), and "
             "privacy.require_secure_aggregation is true"
+        )
+    if request.secure_aggregation and request.quorum < limits.least_sites:
+        yield (
+            f"a sum of updates may be over {request.quorum} sites (federation.quorum), fewer than "
+            f"privacy.least_sites={limits.least_sites}"
         )
     if request.epsilon is None:
         if limits.required:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medray.config.federation import HEAVIEST_SITE as HEAVIEST
 from medray.errors import FederationError
 from medray.learn.aggregation.mean import Weights
 
@@ -21,8 +22,6 @@ __all__ = ["HEAVIEST", "Codes", "FixedPoint", "fixed_point", "flat", "shaped"]
 
 REACH_ALIKE, REACH_WEIGHTED = 16.0, 4096.0
 """Largest entry of an update: far beyond what weights move by in a round; running variances may move further."""
-HEAVIEST = 1 << 16
-"""Training cases that a site counts for at most."""
 
 Codes = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -68,17 +67,18 @@ class FixedPoint:
         return whole[:-1].astype(np.float64) * (self.step / weights), weights
 
 
-def fixed_point(*, sites: int, alike: bool) -> FixedPoint:
+def fixed_point(*, sites: int, alike: bool, heaviest: int = HEAVIEST) -> FixedPoint:
     """The finest codes for so many sites.
 
     Args:
         sites: that may be summed.
         alike: all sites count for one, which 32 bits are enough for; else by their cases.
+        heaviest: cases that a site counts for at most.
 
     Raises:
         FederationError: so many sites that steps would be too coarse for training.
     """
-    bits, reach, heaviest = (32, REACH_ALIKE, 1) if alike else (64, REACH_WEIGHTED, HEAVIEST)
+    bits, reach, heaviest = (32, REACH_ALIKE, 1) if alike else (64, REACH_WEIGHTED, heaviest)
     # rint(reach / step) <= largest, since both are powers of two, and sites * heaviest * largest < 2^(bits - 1).
     largest = 2 ** math.floor(math.log2(((1 << bits - 1) - 1) // (sites * heaviest)))
     step = reach / largest

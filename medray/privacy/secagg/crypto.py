@@ -44,7 +44,8 @@ def agree(private: bytes, public: bytes, *, purpose: bytes) -> bytes:
     Args:
         private: 32 bytes.
         public: the other side's, 32 bytes.
-        purpose: what it is for, alike on both sides; another one gives another key.
+        purpose: what it is for, and between whom, alike on both sides; another one gives another key. Public keys that
+            are twins of each other give the same secret, so the purpose has to tell the two sides from others.
 
     Raises:
         FederationError: the public key is none (of low order): anybody would know the result.
@@ -53,6 +54,8 @@ def agree(private: bytes, public: bytes, *, purpose: bytes) -> bytes:
         shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise FederationError("a public key of secure aggregation is none") from None
+    if not any(shared):  # the library refuses it already; nothing else here would notice, if it stopped to
+        raise FederationError("a public key of secure aggregation is none")
     return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=purpose).derive(shared)
 
 

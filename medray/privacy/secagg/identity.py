@@ -8,16 +8,48 @@ from __future__ import annotations
 import datetime as dt
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from medray.errors import FederationError
-from medray.privacy.credentials import node_of
+from medray.privacy.credentials import check_dates, node_of
 
-__all__ = ["Signer"]
+__all__ = ["Signer", "check_signature"]
 
 _HOW = ec.ECDSA(hashes.SHA384())
+
+
+def check_signature(authority: bytes, site: str, certificate: bytes, signature: bytes, text: bytes) -> None:
+    """Make sure that it was ``site`` who signed a text.
+
+    Args:
+        authority: its certificate, PEM.
+        site: by name.
+        certificate: of the site's node key, PEM.
+        signature, text: by that key, of that text.
+
+    Raises:
+        FederationError: the certificate is another site's, or none of this federation, or has run out; the signature is
+            false.
+    """
+    found, public = node_of(certificate, authority, now=_now())
+    if found != site:
+        raise FederationError(f"what is said to be of site {site!r} is signed by {found!r}")
+    key = serialization.load_pem_public_key(public)
+    try:
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise InvalidSignature
+        key.verify(signature, text, _HOW)
+    except InvalidSignature:
+        raise FederationError(
+            f"the signature of site {site!r} is false: its words were altered, or it was asked something else"
+        ) from None
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 class Signer:
@@ -40,7 +72,7 @@ class Signer:
             raise FederationError(
                 f"node.key: no OpenSSH private key ({error}). Take it from the start-up kit"
             ) from None
-        site, public = node_of(certificate, authority, now=dt.datetime.now(dt.UTC))
+        site, public = node_of(certificate, authority, now=_now())
         own = private.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -67,7 +99,12 @@ class Signer:
             ) from None
 
     def sign(self, text: bytes) -> bytes:
-        """The signature of a text."""
+        """The signature of a text.
+
+        Raises:
+            FederationError: the certificate has run out since.
+        """
+        check_dates(x509.load_pem_x509_certificate(self.certificate), "node.crt", now=_now())
         return self._private.sign(text, _HOW)
 
     def check(self, site: str, certificate: bytes, signature: bytes, text: bytes) -> None:
@@ -76,13 +113,4 @@ class Signer:
         Raises:
             FederationError: the certificate is another site's, or none of this federation; the signature is false.
         """
-        found, public = node_of(certificate, self._authority, now=dt.datetime.now(dt.UTC))
-        if found != site:
-            raise FederationError(f"what is said to be of site {site!r} is signed by {found!r}")
-        key = serialization.load_pem_public_key(public)
-        try:
-            if not isinstance(key, ec.EllipticCurvePublicKey):
-                raise InvalidSignature
-            key.verify(signature, text, _HOW)
-        except InvalidSignature:
-            raise FederationError(f"the signature of site {site!r} is false: its words were altered") from None
+        check_signature(self._authority, site, certificate, signature, text)

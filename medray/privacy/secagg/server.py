@@ -15,7 +15,7 @@ from medray.errors import FederationError
 from medray.privacy.secagg.crypto import agree, public_of, stream
 from medray.privacy.secagg.roster import PublicKeys, hexes, session_of, threshold_of
 from medray.privacy.secagg.shamir import PRIME, combine
-from medray.privacy.secagg.site import SHARE_BYTES, mask_purpose
+from medray.privacy.secagg.site import SHARE_BYTES, pair_purpose
 
 __all__ = ["SecureServer"]
 
@@ -91,7 +91,8 @@ class SecureServer:
             if public_of(key) != self.roster[gone].mask:
                 raise FederationError(f"the shares of {gone}'s masking key give another key: one of them is false")
             for site in sorted(masked):
-                pair = agree(key, self.roster[site].mask, purpose=mask_purpose(self.session))
+                purpose = pair_purpose("mask", self.session, self.roster, gone, site)
+                pair = agree(key, self.roster[site].mask, purpose=purpose)
                 mask = stream(pair, total.size, total.dtype)
                 # What `site` did with it is undone: the lower name adds.
                 total = total - mask if site < gone else total + mask

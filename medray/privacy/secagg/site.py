@@ -31,7 +31,7 @@ from medray.privacy.secagg.roster import (
 )
 from medray.privacy.secagg.shamir import split
 
-__all__ = ["SHARE_BYTES", "STAGES", "SecureSite", "Stage", "envelope_about", "envelope_purpose", "mask_purpose"]
+__all__ = ["SHARE_BYTES", "STAGES", "SecureSite", "Stage", "envelope_about", "pair_purpose"]
 
 Stage = Literal["shares", "masked", "confirm", "unmask"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -157,7 +157,8 @@ class SecureSite:
             if site == self.name:
                 self.own = both.hex()
                 continue
-            key = agree(bytes.fromhex(self.envelope_key), roster[site].envelope, purpose=envelope_purpose(session))
+            purpose = pair_purpose("envelope", session, roster, self.name, site)
+            key = agree(bytes.fromhex(self.envelope_key), roster[site].envelope, purpose=purpose)
             sealed[site] = seal(key, both, envelope_about(session, self.name, site)).hex()
         self.roster = {site: keys.plain() for site, keys in roster.items()}
         return sealed
@@ -172,7 +173,8 @@ class SecureSite:
         masked = codes(len(roster)).copy()
         masked += stream(bytes.fromhex(self.seed), masked.size, masked.dtype)
         for site in sorted(envelopes):
-            key = agree(bytes.fromhex(self.mask_key), roster[site].mask, purpose=mask_purpose(session))
+            purpose = pair_purpose("mask", session, roster, self.name, site)
+            key = agree(bytes.fromhex(self.mask_key), roster[site].mask, purpose=purpose)
             pair = stream(key, masked.size, masked.dtype)
             masked = masked + pair if self.name < site else masked - pair
         self.envelopes = {site: sealed.hex() for site, sealed in envelopes.items()}
@@ -220,7 +222,8 @@ class SecureSite:
         """The two shares that this site holds of another's secrets."""
         if site == self.name:
             return bytes.fromhex(self.own)
-        key = agree(bytes.fromhex(self.envelope_key), roster[site].envelope, purpose=envelope_purpose(session))
+        purpose = pair_purpose("envelope", session, roster, self.name, site)
+        key = agree(bytes.fromhex(self.envelope_key), roster[site].envelope, purpose=purpose)
         both = open_envelope(key, bytes.fromhex(self.envelopes[site]), envelope_about(session, site, self.name))
         return both if both is not None and len(both) == 2 * SHARE_BYTES else None
 
@@ -232,19 +235,22 @@ class SecureSite:
             )
 
 
-def envelope_purpose(session: bytes) -> bytes:
-    """Of the key of envelopes between two sites."""
-    return b"medray secure aggregation 1: envelope " + session
-
-
 def envelope_about(session: bytes, sender: str, receiver: str) -> bytes:
     """What binds an envelope to its round, sender and receiver."""
     return json.dumps([session.hex(), sender, receiver]).encode()
 
 
-def mask_purpose(session: bytes) -> bytes:
-    """Of the key of the mask that two sites share."""
-    return b"medray secure aggregation 1: mask " + session
+def pair_purpose(
+    what: Literal["envelope", "mask"], session: bytes, roster: Mapping[str, PublicKeys], one: str, other: str
+) -> bytes:
+    """What the key that two sites agree on is for: their names and public keys are in it, alike on both sides.
+
+    X25519 takes several public keys for one (its top bit is ignored, and a point of low order may be added). Without
+    the names a site that signed such a twin of another's key would have a third use one stream with both, once added
+    and once taken away.
+    """
+    pair = [[name, getattr(roster[name], what).hex()] for name in sorted((one, other))]
+    return json.dumps(["medray secure aggregation 1", what, session.hex(), pair]).encode()
 
 
 def _points(roster: Mapping[str, PublicKeys]) -> dict[str, int]:

@@ -35,6 +35,7 @@ from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
 from medray.privacy.rules import check_private
 from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.site import SiteFolder, SiteWorker
 
 __all__ = ["Guard", "attend_federation", "harmonised"]
@@ -118,7 +119,13 @@ class Guard:
         self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
         self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
-        self.worker = SiteWorker(folder, charge=self._charge, fewest=rules.fewest, signer=partial(_signer, rules))
+        self.worker = SiteWorker(
+            folder,
+            charge=self._charge,
+            fewest=rules.fewest,
+            signer=partial(_signer, rules),
+            note=lambda text: self.audit.write("noted", reason=text[:2000]),
+        )
         self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -142,7 +149,8 @@ class Guard:
             self.audit.write("refused", **about, reason=str(error)[:2000])
             raise
         except (FederationError, NonFiniteLossError, OutOfMemoryError) as error:  # these say nothing of cases
-            self.audit.write("failed", **about, reason=str(error)[:2000])
+            said = error.exactly if isinstance(error, KeptBackError) else str(error)
+            self.audit.write("failed", **about, reason=said[:2000])
             raise
         except Exception as error:
             # What any other error says may name a file or a patient: it stays here.
@@ -298,6 +306,7 @@ def _request(experiment: Experiment, cases: int) -> Request:
         noise=experiment.privacy.noise_multiplier,
         unit=experiment.privacy.unit,
         secure_aggregation=federation.secure_aggregation,
+        quorum=federation.quorum,
     )
 
 

@@ -111,12 +111,21 @@ def conclude(ended: Ended, *, compare: bool, stage: Callable[[str], None]) -> Co
     report = ended.directory / "report.html"
     page = _report(ended, headline, metric, metrics, federated, rivals, comparison, scores, homes, where)
     stage("asking the model who was in its training")
-    write_federation_report(replace(page, attacks=_attacks(ended, own, pooled, splits, metric)), report)
+    write_federation_report(_attacked(page, lambda: _attacks(ended, own, pooled, splits, metric)), report)
     result = Concluded(
         headline=headline, metric=metric, metrics=metrics, comparison=comparison, report=report, bundles=bundles
     )
     _save(result, ended)
     return result
+
+
+def _attacked(page: FederationReport, attack: Callable[[], tuple[AttackRow, ...]]) -> FederationReport:
+    """The page with what an attack found, or with the reason why there is none: it costs nobody the report."""
+    try:
+        return replace(page, attacks=attack())
+    except Exception as error:  # whatever it comes to, all else has been measured
+        why = f"{type(error).__name__}: {error}".rstrip(".")
+        return replace(page, protection=f"{page.protection} What the model gives away was not tried: {why}.")
 
 
 def _attacks(

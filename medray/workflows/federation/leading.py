@@ -118,13 +118,14 @@ def lead(hub_of: HubOf, config: Mapping[str, object]) -> None:
     """
     directory, began = Path(str(config["directory"])), time.monotonic()
     try:
-        _lead(hub_of(_register(Path(str(config["nodes"])))), directory, began)
+        register = Path(str(config["nodes"]))
+        _lead(hub_of(_register(register)), directory, began, register.parent.parent / "ca.crt")
     except Exception as error:
         _write(directory / "failed.txt", f"{type(error).__name__}: {error}\n")
         raise
 
 
-def _lead(hub: Hub, directory: Path, began: float) -> None:
+def _lead(hub: Hub, directory: Path, began: float, ca: Path) -> None:
     said = _Journal(directory / "run.log")
     asked = _federation(_explicit(directory))
     _refuse_local(asked)
@@ -144,6 +145,7 @@ def _lead(hub: Hub, directory: Path, began: float) -> None:
         arrays_of(model, shared),
         statistics_of(model),
         objective=OBJECTIVE[recipe.manifest.task],
+        authority=ca.read_bytes() if experiment.federation.secure_aggregation else None,
         tell=lambda number, entry: said(_line(number, entry, experiment.federation.rounds)),
         note=said,
     ).run(sites)

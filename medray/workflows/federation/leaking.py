@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.config.privacy import PrivacyConfig
+from medray.errors import PrivacyError
 from medray.privacy.attack import membership_attack, most_true_positives
 from medray.report.data import Interval as Shown
 from medray.report.federation import AttackRow
@@ -38,7 +39,7 @@ def attacks(
     privacy: Mapping[str, PrivacyConfig],
     seed: int,
 ) -> tuple[AttackRow, ...]:
-    """Attack each model; nothing where there are too few cases to tell.
+    """Attack each model.
 
     Args:
         recipe: of all sites' cases together.
@@ -48,16 +49,24 @@ def attacks(
         metric: the run's, without ``val/``.
         privacy: by name, what a model was trained under.
         seed: of the lots.
+
+    Raises:
+        PrivacyError: too few cases to tell anything.
     """
     rng = np.random.default_rng(seed)
     members, others = _some(train, rng), _some(unseen, rng)
     if min(len(members), len(others)) < FEWEST_CASES:
-        return ()
+        raise PrivacyError(
+            f"{len(members)} cases that were trained on and {len(others)} that were not: of fewer than {FEWEST_CASES} "
+            "nothing can be told"
+        )
     rows = []
     for name, networks in models.items():
+        inside, outside = (_losses(recipe, networks, cases, metric) for cases in (members, others))
         found = membership_attack(
-            _losses(recipe, networks, members, metric),
-            _losses(recipe, networks, others, metric),
+            inside[0],
+            outside[0],
+            groups=(inside[1], outside[1]),
             false_positives=FALSE_POSITIVES,
             seed=seed,
         )
@@ -95,8 +104,10 @@ def case_losses(scores: Scores) -> npt.NDArray[np.float64]:
     return -np.log(p[np.arange(len(p)), np.asarray(targets, np.int64)])
 
 
-def _losses(recipe: Recipe, networks: Networks, cases: Sequence[int], metric: str) -> npt.NDArray[np.float64]:
-    """Each case judged by its own site's model."""
+def _losses(
+    recipe: Recipe, networks: Networks, cases: Sequence[int], metric: str
+) -> tuple[npt.NDArray[np.float64], list[str]]:
+    """Each case judged by its own site's model, and whose case it is."""
     by_network: dict[int, list[int]] = {}
     homes = {index: networks[str(recipe.manifest.cases[index].site)] for index in cases}
     for index, network in homes.items():
@@ -105,7 +116,8 @@ def _losses(recipe: Recipe, networks: Networks, cases: Sequence[int], metric: st
     for indices in by_network.values():
         candidate = Candidate(name="attacked", members=(homes[indices[0]],))
         found.append(case_losses(choosing.score(recipe, [candidate], indices, metric=metric)["attacked"]))
-    return np.concatenate(found)
+    ordered = [index for indices in by_network.values() for index in indices]
+    return np.concatenate(found), [recipe.manifest.cases[index].group for index in ordered]
 
 
 def _some(cases: Sequence[int], rng: np.random.Generator) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from medray.learn.aggregation.compression import decompress
 from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.central import Central
-from medray.privacy.secagg.roster import PublicKeys, read_roster
+from medray.privacy.secagg.identity import check_signature
+from medray.privacy.secagg.roster import PublicKeys, keys_text, read_roster
+from medray.workflows.federation.sealing import topic_of
 from medray.workflows.federation.secure import open_round
 
-__all__ = ["Federated", "Rounds"]
+__all__ = ["FIGURES", "Federated", "Rounds"]
 
 State = Literal["ok", "late", "failed", "quarantined"]
 RECORD = "federation.json"
@@ -37,6 +40,8 @@ REMEMBERED = 5
 """Rounds whose norms say what is usual."""
 LARGEST = 1e100
 """Figures beyond it are nobody's; sums of these can't overflow."""
+FIGURES = ("cases", "steps", "loss", "seconds", "metrics", "judged")
+"""What a site may say beside its update."""
 MOST_FIGURES, LONGEST_NAME = 100, 100
 MOST_TIMES = 10.0
 """How many times the usual number of cases a site may count for: nobody can check what it says of itself."""
@@ -85,6 +90,7 @@ class Rounds:
         weights: shared weights before the first round.
         statistics: names of those that no gradient moves.
         objective: the metric that chooses the best round, and its direction.
+        authority: certificate (PEM) to check sites' signatures by under secure aggregation; None in a simulation.
         latest: the last round counts as the best: weights that stay at the sites are those of the last.
         tell: hears of each round: its number from 1, and its entry in the history.
         note: hears of what a person should know.
@@ -99,6 +105,7 @@ class Rounds:
         statistics: frozenset[str],
         *,
         objective: tuple[str, Literal["max", "min"]],
+        authority: bytes | None = None,
         latest: bool = False,
         tell: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
         note: Callable[[str], None] = lambda _: None,
@@ -106,7 +113,7 @@ class Rounds:
         self.hub, self.directory, self.experiment = hub, directory, experiment
         self.config = experiment.federation
         self.objective, self.tell, self.note, self._latest = objective, tell, note, latest
-        self.weights = weights
+        self.weights, self._authority = weights, authority
         self.aggregator = Aggregator(self.config, statistics)
         self.central = self._central(statistics)
         self.round = 0
@@ -114,6 +121,7 @@ class Rounds:
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
         self._document = experiment.model_dump(mode="json")
+        self._name = secrets.token_hex(16)
 
     def _central(self, statistics: frozenset[str]) -> Central | None:
         """The noise that this server adds, if any."""
@@ -136,13 +144,26 @@ class Rounds:
         Raises:
             FederationError: the quorum wasn't reached, however often the missing were asked; the files in the folder
                 are damaged or of another experiment.
+            PrivacyError: noise at the server was asked for with too great a delta for so few sites.
         """
         if len(sites) < self.config.quorum:
             raise FederationError(
                 f"{len(sites)} site(s) ({', '.join(sites)}) can't give the {self.config.quorum} updates that "
                 "federation.quorum asks for. Lower it, or add sites"
             )
+        if self.central is not None and self.config.privacy.delta >= 1 / len(sites):
+            raise PrivacyError(
+                f"federation.privacy.delta={self.config.privacy.delta:g} for {len(sites)} sites must be below "
+                f"1/{len(sites)}: else giving away one of them whole would be allowed. Lower it"
+            )
         self._resume()
+        if self.config.secure_aggregation and not (self.directory / RECORD).exists():
+            self._save()  # its name: under another one, sites that were asked in the first round sit it out
+        if self.config.secure_aggregation and self.central is None and self.config.max_norm is None:
+            self.note(
+                "federation.max_norm is not set: under secure aggregation nothing bounds how far one site can move the "
+                "model until a first sum was taken"
+            )
         while self.round < self.config.rounds:
             self._one(sites)
         if not self.history or self.history[-1].get("last") is None:
@@ -189,7 +210,7 @@ class Rounds:
             **more,
         }
         self.history.append(entry)
-        self._save()
+        self._save()  # before these weights leave: noise that was drawn twice for one round would be paid for once
         self.tell(self.round, entry)
         self._still_worth_it()
 
@@ -208,7 +229,7 @@ class Rounds:
 
         A sum that can't be had, or that isn't fit, moves nothing: whose fault it is nobody can see.
         """
-        opened = open_round(self.hub, self.experiment, self.round, now.keys, self.weights)
+        opened = open_round(self.hub, self.experiment, self._parcel(), now.keys)
         for name, (state, why) in opened.lost.items():
             now.sites[name] |= {"state": state, "reason": why}
         for way, found in (("down", opened.down), ("up", opened.up)):
@@ -221,14 +242,14 @@ class Rounds:
             return {"clip": self.central.clip}
         if opened.mean is not None:
             length = float(np.linalg.norm(opened.mean))
-            before = [float(entry["norm"]) for entry in self.history[-REMEMBERED:] if "norm" in entry]
+            before = [float(entry["norm"]) for entry in self.history if "norm" in entry][-REMEMBERED:]
             most = self.config.max_norm
             reason = too_long(length, usual_norm(before), outlier=self.config.outlier, most=most)
         if opened.mean is None or reason is not None:
             self.note(f"round {self.round + 1}: discarded: {reason}")
             return {"discarded": str(reason)}
         self._step([shaped(opened.mean, self.weights)], [1.0])
-        return {"norm": length, "cases": opened.weights}
+        return {"norm": length, "summed": opened.sites}
 
     def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
         stepped = self.aggregator(self.weights, updates, counts)
@@ -261,6 +282,7 @@ class Rounds:
     def _ask(self, now: _Round, missing: tuple[str, ...]) -> None:
         parcel = self._parcel()
         down = wire_size(parcel)
+        topic = topic_of(self.experiment, parcel) if self.config.secure_aggregation else ""
         began = time.monotonic()
         present = set(self.hub.sites())
         answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)
@@ -282,12 +304,15 @@ class Rounds:
             if answer.error is not None:
                 row |= {"state": "failed", "reason": answer.error}
                 continue
-            update, reason = self._keys(now, name, answer) if self.config.secure_aggregation else self._open(answer)
+            update, reason = (
+                self._keys(now, name, topic, answer) if self.config.secure_aggregation else self._open(answer)
+            )
             if update is None:
                 row |= {"state": "quarantined", "reason": reason}
                 continue
-            now.answers[name] = answer.text
-            row |= {key: answer.text.get(key) for key in ("cases", "steps", "loss", "seconds", "metrics", "judged")}
+            # Under noise at the server no figure of a site is asked for, nor taken.
+            now.answers[name] = {} if self.central is not None else answer.text
+            row |= {key: now.answers[name].get(key) for key in FIGURES}
             if self.config.secure_aggregation:
                 row |= {"state": "ok", "reason": None}
                 continue
@@ -310,7 +335,7 @@ class Rounds:
             return None, f"it can't be read ({type(error).__name__}: {str(error)[:200]})"
         return (update, None) if reason is None else (None, reason)
 
-    def _keys(self, now: _Round, name: str, answer: Parcel) -> tuple[Weights | None, str | None]:
+    def _keys(self, now: _Round, name: str, topic: str, answer: Parcel) -> tuple[Weights | None, str | None]:
         """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
         reason = _odd(answer.text)
         if answer.arrays:
@@ -319,6 +344,9 @@ class Rounds:
             keys = PublicKeys.read(answer.text.get("keys"))
             if reason is None:
                 read_roster({other: found.plain() for other, found in {**now.keys, name: keys}.items()})
+                if self._authority is not None:  # else the other sites would find out, and give the round up
+                    text = keys_text(topic, name, keys.envelope, keys.mask)
+                    check_signature(self._authority, name, keys.certificate, keys.signature, text)
                 now.keys[name] = keys
         except FederationError as error:
             reason = str(error)
@@ -354,6 +382,8 @@ class Rounds:
         text: dict[str, Any] = {"experiment": self._document, "round": self.round}
         if self.central is not None:
             text["clip"] = self.central.clip
+        if self.config.secure_aggregation:
+            text["run"] = self._name
         return Parcel(text=text, arrays=self.weights)
 
     # -- which round is best
@@ -399,6 +429,7 @@ class Rounds:
         _write(self.directory / newest, lambda path: save_file(tensors, str(path)))
         document = {
             "version": 1,
+            "run": self._name,
             "experiment": self._document,
             "round": self.round,
             "weights": newest,
@@ -419,6 +450,7 @@ class Rounds:
             document = json.loads(path.read_text(encoding="utf-8"))
             tensors = load_file(str(self.directory / document["weights"]))
             same = Experiment.model_validate(document["experiment"]) == self.experiment
+            self._name = str(document.get("run", self._name))
             self.round, self.best, self.history = int(document["round"]), document["best"], document["history"]
         except Exception as error:
             raise FederationError(
@@ -449,6 +481,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else a loss of power brings back the round before, whose noise would be drawn a second time
+    finally:
+        os.close(folder)
 
 
 def _odd(text: Mapping[str, Any]) -> str | None:

@@ -1,13 +1,22 @@
 """A site's updates under secure aggregation: checked here, since nobody else can, and kept here until they are masked.
 
-``secret.pt`` has the keys of the newest round and what was answered with them, ``unsent.pt`` its update, until
-``masked.pt`` has that masked. All are on the disk before an answer leaves: a site that was killed answers as it did
-before.
+Each run has a folder: ``secret.pt`` has the keys of its newest round and what was answered with them, ``unsent.pt`` the
+update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that was answered and
+the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All are on the disk
+before an answer leaves: a site that was killed answers as before.
+
+One question of a round is answered, whatever run asks it: from the sums of two, among other sites, a server would take
+one site's update by difference. The question's digest is in what the sites sign of their keys: sites that were sent
+other weights take each other's keys for false, and sum nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,19 +27,24 @@ import torch
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Parcel
-from medray.errors import FederationError
+from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.checks import norm, too_long, usual_norm
-from medray.learn.aggregation.fixed import HEAVIEST, Codes, fixed_point, flat
+from medray.learn.aggregation.fixed import Codes, fixed_point, flat
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.central import clipped
+from medray.privacy.credentials import issued_at
 from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
+from medray.privacy.secagg.roster import read_roster
 from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
 
-__all__ = ["STAGES", "Sealing", "alike", "topic_of"]
+__all__ = ["STAGES", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
+FOLDER, ASKED, PEERS = "sealed", "asked.pt", "peers.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
+RUNS = 4
+"""Whose folders are kept."""
 REMEMBERED = 5
 """Rounds whose norms say what is usual here."""
 
@@ -40,9 +54,35 @@ def alike(experiment: Experiment) -> bool:
     return experiment.privacy.on or experiment.federation.privacy.on
 
 
-def topic_of(experiment: Experiment, number: int) -> str:
-    """What keys of a round are for: the run's recipe and the round, from 0."""
-    return f"{recipe_digest(experiment)}/{number}"
+def question_of(parcel: Parcel) -> str:
+    """SHA-256 of all that a question says: words and weights."""
+    digest = hashlib.sha256(json.dumps(dict(parcel.text), sort_keys=True).encode())
+    for name, value in sorted(parcel.arrays.items()):
+        digest.update(f"{name}\0{value.dtype}\0{value.shape}\0".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
+
+
+def topic_of(experiment: Experiment, parcel: Parcel) -> str:
+    """What keys of a round are for: recipe, run, round and the question that sites trained by.
+
+    Raises:
+        FederationError: the question names no run, or no round.
+    """
+    run, number = _place(parcel)
+    return f"{recipe_digest(experiment)}/{run}/{number}/{question_of(parcel)}"
+
+
+class KeptBackError(FederationError):
+    """An update that isn't fit to be summed.
+
+    Attributes:
+        exactly: the same with figures of the update, for this site's own log: they are what a mask is to hide.
+    """
+
+    def __init__(self, message: str, exactly: str) -> None:
+        super().__init__(message)
+        self.exactly = exactly
 
 
 class Sealing:
@@ -52,38 +92,85 @@ class Sealing:
         directory: of the site.
         name: of the site.
         signer: gives the site's node key, when it is first needed; None in a simulation.
+        note: hears what the site's owner should know, and nobody else.
     """
 
-    def __init__(self, directory: Path, name: str, signer: Callable[[], Signer] | None = None) -> None:
-        self.directory, self.name, self._signer_of = directory, name, signer
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        signer: Callable[[], Signer] | None = None,
+        *,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.directory, self.name, self._signer_of, self._note = directory, name, signer, note
         self._signer: Signer | None = None
 
-    def begin(
-        self, experiment: Experiment, number: int, update: Weights, cases: int, *, clip: float | None = None
-    ) -> dict[str, str]:
+    def ready(self) -> None:
+        """Make sure, before anything is spent on a round, that its keys can be signed.
+
+        Raises:
+            FederationError: what signs isn't there, doesn't fit, or has run out.
+        """
+        self._signer = None  # a certificate may have been renewed since
+        self._sign()
+
+    def permit(self, experiment: Experiment, asked: Parcel) -> None:
+        """Refuse a question of a round that was answered to another, or of an earlier one, whatever run asks.
+
+        The same question again is fine as long as nothing was told with its keys.
+
+        Raises:
+            PrivacyError: the sum of a second answer, less that of the first, could be this site's update.
+            FederationError: the question names no run, or no round.
+        """
+        run, number = _place(asked)
+        last = self._asked().get(recipe_digest(experiment))
+        if last is None or number > last[0]:
+            return
+        secret = checkpoint.load(self._folder(experiment, run) / SECRET)
+        mine = secret is not None and secret["site"]["topic"] == topic_of(experiment, asked)
+        if mine and secret is not None and not secret["site"]["answered"]:
+            return
+        raise PrivacyError(
+            f"site {self.name}: round {last[0] + 1} of this recipe was answered before, and is asked for round "
+            f"{number + 1} {'again' if mine else 'in other words'}. The sums of both could give its update away. Go on "
+            "with the run that asked first (--resume), or begin a new federation, with another seed"
+        )
+
+    def begin(self, experiment: Experiment, asked: Parcel, update: Weights, cases: int) -> dict[str, str]:
         """Keep a round's update, and give the public keys of the round.
 
         Args:
             experiment: of the run.
-            number: of the round, from 0.
+            asked: the question that this site trained by: run, round, weights, and, where the server adds noise to the
+                sum, ``clip``: the norm that the update may have.
             update: what this site would add to the weights.
             cases: that trained.
-            clip: the norm that the update may have, where the server adds noise to the sum.
 
         Raises:
-            FederationError: the update isn't fit to be summed.
+            PrivacyError: see :meth:`permit`.
+            KeptBackError: the update isn't fit to be summed.
         """
-        before = self._secret()
-        same = before is not None and before["recipe"] == recipe_digest(experiment)
-        norms = list(before["norms"]) if before is not None and same else []
+        self.permit(experiment, asked)
+        (run, number), recipe = _place(asked), recipe_digest(experiment)
+        folder = self._folder(experiment, run)
+        before = checkpoint.load(folder / SECRET)
+        norms = [] if before is None else list(before["norms"])
         length = self._checked(update, norms, experiment)
-        site = SecureSite.begin(topic=topic_of(experiment, number), name=self.name, quorum=experiment.federation.quorum)
-        weight = 1 if alike(experiment) else max(1, min(cases, HEAVIEST))
+        topic = topic_of(experiment, asked)
+        site = SecureSite.begin(topic=topic, name=self.name, quorum=experiment.federation.quorum)
+        most = 1 if alike(experiment) else experiment.federation.max_cases
+        if cases > most > 1:
+            self._note(f"round {number + 1}: counts for {most} cases, of {cases} (federation.max_cases)")
+        weight = max(1, min(cases, most))
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in update.items()}
-        unsent = {"topic": site.topic, "weight": weight, "clip": clip, "update": tensors}
-        checkpoint.save(self.directory / UNSENT, unsent)
-        recipe, norms = recipe_digest(experiment), [*norms, length][-REMEMBERED:]
-        checkpoint.save(self.directory / SECRET, {"recipe": recipe, "norms": norms, "site": site.plain()})
+        unsent = {"topic": topic, "weight": weight, "clip": asked.text.get("clip"), "update": tensors}
+        checkpoint.save(folder / UNSENT, unsent)
+        about = {"run": run, "round": number, "norms": [*norms, length][-REMEMBERED:]}
+        checkpoint.save(folder / SECRET, {**about, "site": site.plain()})
+        checkpoint.save(self.directory / ASKED, {"rounds": {**self._asked(), recipe: [number, question_of(asked)]}})
+        self._tidy(folder)
         return site.keys(self._sign()).plain()
 
     def answer(self, experiment: Experiment, parcel: Parcel) -> Parcel:
@@ -92,27 +179,34 @@ class Sealing:
         Raises:
             FederationError: this site sits the round out; the message says why.
         """
-        stage, number = cast(Stage, parcel.text["ask"]), int(parcel.text["round"])
-        secret = self._secret()
-        topic = topic_of(experiment, number)
-        if secret is None or secret["site"]["topic"] != topic:
-            raise FederationError(f"site {self.name}: has no keys of round {number + 1} of this run")
+        stage, (run, number) = cast(Stage, parcel.text["ask"]), _place(parcel)
+        folder = self._folder(experiment, run)
+        secret = checkpoint.load(folder / SECRET)
+        if secret is None or secret["run"] != run:
+            raise FederationError(f"site {self.name}: has no keys of this run")
+        if secret["round"] != number:
+            raise FederationError(
+                f"site {self.name}: has no keys of round {number + 1} of this run, but of {secret['round'] + 1}"
+            )
         site = SecureSite(**secret["site"])
-        said = {key: value for key, value in parcel.text.items() if key not in ("ask", "experiment", "round")}
+        topic = site.topic
+        said = {key: value for key, value in parcel.text.items() if key not in ("ask", "experiment", "round", "run")}
         text, masked = site.answer(
-            stage, said, signer=self._sign(), codes=lambda sites: self._codes(experiment, topic, sites)
+            stage, said, signer=self._sign(), codes=lambda sites: self._codes(folder, experiment, topic, sites)
         )
+        if stage == "shares" and self._signer_of is not None:
+            self._recognise(said)
         if masked is not None:
             words = masked.view(masked.dtype.str.replace("u", "i"))
-            checkpoint.save(self.directory / MASKED, {"topic": topic, "masked": torch.from_numpy(words)})
-        checkpoint.save(self.directory / SECRET, {**secret, "site": site.plain()})
+            checkpoint.save(folder / MASKED, {"topic": topic, "masked": torch.from_numpy(words)})
+        checkpoint.save(folder / SECRET, {**secret, "site": site.plain()})
         if stage != "masked":
             return Parcel(text=text)
-        (self.directory / UNSENT).unlink(missing_ok=True)
-        return Parcel(text=text, arrays={"masked": self._masked(topic)})
+        (folder / UNSENT).unlink(missing_ok=True)
+        return Parcel(text=text, arrays={"masked": self._masked(folder, topic)})
 
-    def _masked(self, topic: str) -> Codes:
-        kept: Mapping[str, Any] = checkpoint.load(self.directory / MASKED) or {}
+    def _masked(self, folder: Path, topic: str) -> Codes:
+        kept: Mapping[str, Any] = checkpoint.load(folder / MASKED) or {}
         if kept.get("topic") != topic:
             raise FederationError(f"site {self.name}: its masked update of this round is gone")
         words: Codes = kept["masked"].numpy()
@@ -122,32 +216,79 @@ class Sealing:
         """The update's norm, if it is fit: under a mask no server can look."""
         length = norm(update)
         if not math.isfinite(length):
-            raise FederationError(f"site {self.name}: its update holds NaN or infinite values, and is kept back")
+            broken = f"site {self.name}: its update holds NaN or infinite values, and is kept back"
+            raise KeptBackError(broken, broken)
         federation = experiment.federation
         if federation.privacy.on:  # it is clipped to what all may have
             return length
         reason = too_long(length, usual_norm(norms), outlier=federation.outlier, most=federation.max_norm)
         if reason is not None:
-            raise FederationError(f"site {self.name}: keeps its update back: {reason}")
+            raise KeptBackError(
+                f"site {self.name}: keeps its update back: it is too long (federation.outlier, federation.max_norm); "
+                "the site's own audit log says more",
+                f"site {self.name}: keeps its update back: {reason}",
+            )
         return length
 
-    def _codes(self, experiment: Experiment, topic: str, sites: int) -> Codes:
-        kept: Mapping[str, Any] = checkpoint.load(self.directory / UNSENT) or {}
+    def _codes(self, folder: Path, experiment: Experiment, topic: str, sites: int) -> Codes:
+        kept: Mapping[str, Any] = checkpoint.load(folder / UNSENT) or {}
         if kept.get("topic") != topic:
             raise FederationError(f"site {self.name}: its update of this round is gone")
-        point = fixed_point(sites=sites, alike=alike(experiment))
+        point = fixed_point(sites=sites, alike=alike(experiment), heaviest=experiment.federation.max_cases)
         row = flat({name: value.numpy() for name, value in kept["update"].items()})
         if experiment.federation.privacy.on:
             row = _bounded(row, kept["clip"], point.step)
+        cut = int((np.abs(row) > point.reach).sum())
+        if cut:
+            self._note(f"{cut} of {row.size} entries of an update were beyond {point.reach:g}, and were cut to that")
         return point.encode(row, int(kept["weight"]))
 
-    def _secret(self) -> dict[str, Any] | None:
-        return checkpoint.load(self.directory / SECRET)
+    def _folder(self, experiment: Experiment, run: str) -> Path:
+        """Of a run: two of them at once, or one after the other by the same recipe, don't meet."""
+        name = hashlib.sha256(f"{recipe_digest(experiment)}/{run}".encode()).hexdigest()[:32]
+        return self.directory / FOLDER / name
+
+    def _tidy(self, newest: Path) -> None:
+        """Forget the runs that were asked for longest ago."""
+        others = [folder for folder in (self.directory / FOLDER).iterdir() if folder != newest]
+        for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[: -(RUNS - 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _recognise(self, said: Mapping[str, Any]) -> None:
+        """Remember the certificates of a roster whose signatures were found true.
+
+        Raises:
+            FederationError: one is older than what the same site has shown before: its key was renewed since.
+        """
+        known: dict[str, int] = dict((checkpoint.load(self.directory / PEERS) or {}).get("issued", {}))
+        for site, keys in read_roster(said.get("roster")).items():
+            issued = issued_at(keys.certificate)
+            if issued < known.get(site, issued):
+                raise FederationError(
+                    f"site {self.name}: the certificate of site {site!r} is older than one that it has shown before. "
+                    "Its key was renewed, and the old one counts for nothing"
+                )
+            known[site] = issued
+        checkpoint.save(self.directory / PEERS, {"issued": known})
+
+    def _asked(self) -> dict[str, list[Any]]:
+        """By recipe, the highest round that was answered and the digest of its question."""
+        return dict((checkpoint.load(self.directory / ASKED) or {}).get("rounds", {}))
 
     def _sign(self) -> Signer | None:
         if self._signer is None and self._signer_of is not None:
             self._signer = self._signer_of()
         return self._signer
+
+
+def _place(parcel: Parcel) -> tuple[str, int]:
+    """Run and round, from 0, that a question is of."""
+    run, number = parcel.text.get("run"), parcel.text.get("round")
+    if not isinstance(run, str) or re.fullmatch("[0-9a-f]{32}", run) is None:
+        raise FederationError("under secure aggregation a question names its run, in 32 hexadecimal digits")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise FederationError(f"under secure aggregation a question names its round, from 0, not {number!r}")
+    return run, number
 
 
 def _bounded(row: npt.NDArray[np.float64], clip: object, step: float) -> npt.NDArray[np.float64]:

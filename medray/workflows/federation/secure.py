@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -13,7 +14,6 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError
 from medray.learn.aggregation.fixed import Codes, fixed_point
-from medray.learn.aggregation.mean import Weights
 from medray.privacy.secagg.roster import FEWEST, PublicKeys, hexes
 from medray.privacy.secagg.server import SecureServer
 from medray.privacy.secagg.site import Stage
@@ -52,23 +52,23 @@ class Opened:
     up: dict[str, int] = field(default_factory=dict)
 
 
-def open_round(hub: Hub, experiment: Experiment, number: int, keys: Mapping[str, PublicKeys], like: Weights) -> Opened:
+def open_round(hub: Hub, experiment: Experiment, asked: Parcel, keys: Mapping[str, PublicKeys]) -> Opened:
     """Ask the sites that trained for the sum of their updates.
 
     Args:
         hub: the way to them.
         experiment: of the run.
-        number: of the round, from 0.
+        asked: what they trained by: run, round and shared weights.
         keys: public keys by site, as they came with the end of its training.
-        like: the shared weights.
     """
-    opened = Opened()
-    least = max(FEWEST, experiment.federation.quorum)
+    opened, federation = Opened(), experiment.federation
+    least = max(FEWEST, federation.quorum)
     if len(keys) < least:
         opened.reason = f"{len(keys)} sites trained, fewer than the {least} among whom an update is hidden"
         return opened
     try:
-        _Way(hub, experiment, number, SecureServer(topic_of(experiment, number), keys, least), like, opened).go()
+        server, until = SecureServer(topic_of(experiment, asked), keys, least), monotonic() + federation.deadline
+        _Way(hub, experiment, asked, server, opened, until).go()
     except FederationError as error:
         opened.reason = str(error)
     return opened
@@ -76,14 +76,18 @@ def open_round(hub: Hub, experiment: Experiment, number: int, keys: Mapping[str,
 
 @dataclass
 class _Way:
-    """Through one round; what comes of it, and who is lost, goes into ``opened``."""
+    """Through one round; what comes of it, and who is lost, goes into ``opened``.
+
+    All stages together have ``federation.deadline``, and end at ``until``. It isn't the training's: a site that trains
+    until then would leave no time for the others' sum.
+    """
 
     hub: Hub
     experiment: Experiment
-    number: int
+    asked: Parcel
     server: SecureServer
-    like: Weights
     opened: Opened
+    until: float
 
     def go(self) -> None:
         """All stages; fills :attr:`opened`."""
@@ -95,8 +99,9 @@ class _Way:
             lambda name, answer: server.envelopes(name, answer.text.get("envelopes")),
         )
         shared = set(sealed)
-        point = fixed_point(sites=len(everyone), alike=alike(self.experiment))
-        entries = sum(value.size for value in self.like.values())
+        most = self.experiment.federation.max_cases
+        point = fixed_point(sites=len(everyone), alike=alike(self.experiment), heaviest=most)
+        entries = sum(value.size for value in self.asked.arrays.values())
         size = entries + 1 + self.experiment.federation.privacy.on
         masked = self._collect(
             "masked",
@@ -149,13 +154,16 @@ class _Way:
 
     def _ask(self, stage: Stage, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Parcel]:
         """The answers to a stage that are none of an error."""
-        about = {"ask": stage, "experiment": self.experiment.model_dump(mode="json"), "round": self.number}
+        about = {"ask": stage, **{key: self.asked.text[key] for key in ("experiment", "run", "round")}}
         present = set(self.hub.sites())
         # What all are told alike is written once.
         written = {id(text): Parcel(text={**about, **text}) for text in texts.values()}
         parcels = {name: written[id(text)] for name, text in sorted(texts.items()) if name in present}
         deadline = self.experiment.federation.deadline
-        wait = deadline if stage == "masked" else min(deadline, SMALL_SECONDS)
+        left = self.until - monotonic()
+        if left <= 0:
+            raise FederationError(f"no time is left for {stage}: its stages took {deadline:g} s (federation.deadline)")
+        wait = left if stage == "masked" else min(left, SMALL_SECONDS)
         answers = self.hub.ask("query", parcels, wait)
         found: dict[str, Parcel] = {}
         for name in sorted(texts):
@@ -163,7 +171,7 @@ class _Way:
             if name in parcels:
                 self.opened.down[name] = self.opened.down.get(name, 0) + wire_size(parcels[name])
             if answer is None:
-                why = f"no answer to {stage} within {wait:g} s" if name in present else f"gone before {stage}"
+                why = f"no answer to {stage} within {wait:.3g} s" if name in present else f"gone before {stage}"
                 self.opened.lost[name] = ("late", f"trained, then {why}")
                 continue
             self.opened.up[name] = self.opened.up.get(name, 0) + answer.size

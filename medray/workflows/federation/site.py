@@ -2,13 +2,13 @@
 
 A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
 that are its own, what compression left out. The state of the last two rounds is kept, with the answer that was given: a
-server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time.
+server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time;
+under secure aggregation there is none, see ``sealing``.
 State of another recipe is another run's, and counts for nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -45,7 +45,7 @@ from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime, MakeOptimizer
-from medray.workflows.federation.sealing import STAGES, Sealing
+from medray.workflows.federation.sealing import STAGES, KeptBackError, Sealing, question_of
 from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
@@ -124,6 +124,7 @@ class SiteWorker:
         charge: called before each round of private training; None in a simulation, whose sites have no ledger.
         fewest: patients that must train, or nothing is trained; and validate, or nothing is judged.
         signer: gives this site's node key, for secure aggregation; None in a simulation.
+        note: hears what the site's owner should know, and nobody else.
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class SiteWorker:
         charge: Charge | None = None,
         fewest: int = 1,
         signer: Callable[[], Signer] | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder, self._charge, self._fewest = folder, charge, fewest
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
-        self._sealing = Sealing(self.directory, folder.name, signer)
+        self._sealing = Sealing(self.directory, folder.name, signer, note=note)
         self._bench: _Bench | None = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -174,10 +176,13 @@ class SiteWorker:
         experiment = self._asked(parcel)
         federation = experiment.federation
         number = int(parcel.text["round"])
-        question = _digest(parcel)
+        question = question_of(parcel)
         given = self._given(experiment, number, question)
         if given is not None:
             return given
+        if federation.secure_aggregation:
+            self._sealing.permit(experiment, parcel)
+            self._sealing.ready()
         bench = self._set_up(experiment)
         state = self._load(bench, parcel, before=number)
         judged = self._judge(bench)
@@ -199,23 +204,20 @@ class SiteWorker:
         update = {name: value - weights[name] for name, value in after.items()}
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
-        size: dict[str, Any] = {"cases": len(bench.splits.train)}
+        cases = len(bench.splits.train)
+        said: dict[str, Any] = {}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
-            keys = self._sealing.begin(experiment, number, update, size["cases"], clip=parcel.text.get("clip"))
-            sent, size = {}, {"keys": keys}
+            try:
+                sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases)}
+            except KeptBackError as error:
+                self._refuse(bench, number, state, question, error)
+                raise
+        elif not _discreet(experiment):  # steps, and how long they took, tell of the number of cases
+            said = {"cases": cases, "steps": result.steps, "seconds": time.monotonic() - began}
         losses = [row["loss"] for row in result.history if math.isfinite(row.get("loss", math.nan))]
-        if _discreet(experiment):
-            losses = []
-        answer = Parcel(
-            text={
-                **judged,
-                **size,
-                "steps": result.steps,
-                "loss": losses[-1] if losses else None,
-                "seconds": time.monotonic() - began,
-            },
-            arrays=sent,
-        )
+        if losses and not _discreet(experiment):
+            said["loss"] = losses[-1]
+        answer = Parcel(text={**judged, **said}, arrays=sent)
         self._keep(bench, number, runtime, left, question, answer)
         return answer
 
@@ -223,11 +225,14 @@ class SiteWorker:
         """The answer to this very question, if it was given before.
 
         Raises:
+            FederationError: it was refused before: trained again, it would be paid for again.
             PrivacyError: the round, or a later one, was answered to another question, and privacy is paid by the round.
         """
         found = _states(self.directory, recipe_digest(experiment))
         for state in found:
             if state["round"] == number and state["question"] == question:
+                if state.get("refused"):
+                    raise FederationError(state["refused"])
                 arrays = {name: value.numpy() for name, value in state["answer"].items()}
                 return Parcel(text=json.loads(state["text"]), arrays=arrays)
         done = max((int(state["round"]) for state in found), default=-1)
@@ -383,6 +388,23 @@ class SiteWorker:
         }
         checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
 
+    def _refuse(
+        self, bench: _Bench, number: int, before: Mapping[str, Any], question: str, error: FederationError
+    ) -> None:
+        """Keep a refusal as the round's answer; the site goes on from where it was before the round."""
+        state = {
+            "recipe": bench.recipe,
+            "round": number,
+            "own": before.get("own", {}),
+            "optimizer": before.get("optimizer"),
+            "residual": before.get("residual", {}),
+            "question": question,
+            "text": "{}",
+            "answer": {},
+            "refused": str(error),
+        }
+        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+
 
 def kept_state(directory: Path, recipe: str, *, before: int | None = None) -> dict[str, Any]:
     """A site's newest state of a run: of a round below ``before``, or of all; nothing where there is none.
@@ -416,15 +438,6 @@ def _steps(experiment: Experiment, cases: int) -> int:
 
 def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-
-
-def _digest(parcel: Parcel) -> str:
-    """Of all that a question says."""
-    digest = hashlib.sha256(json.dumps(dict(parcel.text), sort_keys=True).encode())
-    for name, value in sorted(parcel.arrays.items()):
-        digest.update(f"{name}\0{value.dtype}\0{value.shape}\0".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()
 
 
 class _Keeps(LocalRuntime):

@@ -20,7 +20,7 @@ from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Parcel
 from medray.errors import ConfigError, PrivacyError
 from medray.privacy.policy import recipe_digest
-from medray.workflows.federation.rounds import Federated, Rounds
+from medray.workflows.federation.rounds import FIGURES, Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
 from medray.workflows.federation.simulate import prepare_sites, simulate_federation
 from medray.workflows.federation.site import SiteFolder, kept_state, opener
@@ -156,7 +156,7 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
     result = rounds(tmp_path, recipe, folders, spec)
     for entry in result.history:
         assert {row["state"] for row in entry["sites"].values()} == {"ok"}
-        assert all(row["metrics"] == {} and row["loss"] is None for row in entry["sites"].values())
+        assert all(row["state"] == "ok" and not any(row[name] for name in FIGURES) for row in entry["sites"].values())
     assert result.metrics == {}
     # A question that was answered is answered alike; another one for the same round would be paid for again.
     site = folders[0].open()
@@ -194,11 +194,11 @@ def test_the_servers_sum_gives_the_model_that_the_updates_would_have(table: Path
     for name, value in found["plain"].weights.items():
         assert np.abs(value - found["secret"].weights[name]).max() < 1e-6, name
         assert np.abs(value - found["noised"].weights[name]).max() > 1e-3, "here is noise"
-    cases = sum(row["cases"] for row in found["plain"].history[0]["sites"].values())
-    assert [entry["cases"] for entry in found["secret"].history] == [cases] * 3
+    sites = len(found["plain"].history[0]["sites"])
+    assert [entry["summed"] for entry in found["secret"].history] == [sites] * 3
     for entry in found["noised"].history:
-        assert all(row["metrics"] == {} and row["loss"] is None for row in entry["sites"].values())
-        assert "cases" not in entry and entry["clip"] > 0
+        assert all(row["state"] == "ok" and not any(row[name] for name in FIGURES) for row in entry["sites"].values())
+        assert entry["clip"] > 0
     assert found["noised"].metrics == {} and found["secret"].metrics["val/auc"] > 0.8
 
 

@@ -78,6 +78,28 @@ def test_one_site_moves_the_sum_by_the_norm_at_most() -> None:
     assert (other.clip, other.released) == (7.0, 3)
 
 
+def test_a_sum_of_sites_that_did_not_clip_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under masks the server sees the sum alone: a site that hands in a thousand times the norm moves no more."""
+    lying, honest = (Central(config(clip_norm=2.0), 3) for _ in range(2))
+    for made in (lying, honest):
+        monkeypatch.setattr(made._random, "normal", lambda count: np.full(count, 0.0 if count > 1 else -1.0))
+    row = np.full(16, 1000.0)
+    assert np.linalg.norm(lying.mean_of(row, 1e6, 4)) == pytest.approx(2.0)
+    honest.mean_of(row * 0, 2.0, 4)
+    assert lying.clip == honest.clip, "nor does it pretend to be more than all sites"
+
+
+def test_settings_that_protect_nothing_are_refused() -> None:
+    for field in ({"delta": 1e-3}, {"clip_norm": 2.0}, {"adaptive": False}, {"quantile": 0.4}, {"rate": 0.3}):
+        with pytest.raises(ValidationError, match=rf"federation\.privacy\.{next(iter(field))} needs"):
+            Experiment.model_validate({"federation": {"privacy": field}})
+    document = Experiment().model_dump(mode="json")
+    assert Experiment.model_validate(document) == Experiment()
+    for local in ({"strategy": "fedbn"}, {"local": ["head.*"]}):
+        with pytest.raises(ValidationError, match="would stay at the site without noise"):
+            Experiment.model_validate({"federation": {"privacy": {"epsilon": 5.0}, **local}})
+
+
 def test_what_no_noise_would_hide_is_refused() -> None:
     with pytest.raises(PrivacyError, match="nothing to plan"):
         plan_central(CentralPrivacyConfig(), 3)

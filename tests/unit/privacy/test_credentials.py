@@ -33,6 +33,7 @@ def test_what_no_certificate_vouches_for_is_refused(authority: Identity) -> None
         (node.certificate, authority.certificate, NOW - dt.timedelta(days=1), "valid only from"),
         (node.certificate, new_authority("hearts", now=NOW).certificate, NOW, "not signed by this federation"),
         (server.certificate, authority.certificate, NOW, "is no site's"),
+        (authority.certificate, authority.certificate, NOW, "is no site's"),
         (
             b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
             authority.certificate,

@@ -31,6 +31,7 @@ def test_what_keeps_the_rules_passes() -> None:
     ask(rules(privacy={"required": False}), replace(REQUEST, epsilon=None, delta=None, noise=None))
     ask(rules(allow={"recipes": ["a" * 64], "models": ["unet"], "strategies": ["fedavg"], "hours": "08:00-18:00"}))
     ask(rules(), spent=6.0)
+    ask(rules(privacy={"least_sites": 5}), replace(REQUEST, secure_aggregation=True, quorum=5))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,12 @@ def test_what_keeps_the_rules_passes() -> None:
         ({"allow": {"recipes": ["b" * 64]}}, {}, {}, "none of allow.recipes"),
         ({"allow": {"models": ["resnet18"]}}, {}, {}, "model 'unet'"),
         ({"allow": {"strategies": ["krum"]}}, {}, {}, "strategy 'fedavg'"),
+        (
+            {"privacy": {"least_sites": 5}},
+            {"secure_aggregation": True, "quorum": 4},
+            {},
+            "over 4 sites (federation.quorum), fewer than privacy.least_sites=5",
+        ),
         ({"allow": {"rounds": 5}}, {}, {}, "10 rounds"),
         ({"allow": {"local_epochs": 1}}, {"local_epochs": 2}, {}, "allow.local_epochs=1"),
         ({}, {"epsilon": None}, {}, "no differential privacy"),

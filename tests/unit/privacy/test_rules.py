@@ -109,6 +109,12 @@ def test_the_attack_finds_a_network_that_has_learnt_by_heart() -> None:
     assert fair.auc_low < 0.5 < fair.auc_high and fair.true_positives < 0.05
     same = membership_attack([1.0, 1.0], [1.0, 1.0], resamples=10)
     assert (same.auc, same.true_positives) == (0.5, 0.0)
+    # Ten patients of fifty images each are ten draws, not five hundred.
+    losses = np.repeat(rng.exponential(1.0, 10), 50)
+    patients = [f"p{n // 50}" for n in range(500)]
+    one = membership_attack(losses, losses, resamples=100)
+    ten = membership_attack(losses, losses, groups=(patients, patients), resamples=100)
+    assert ten.auc == one.auc == 0.5 and ten.auc_high - ten.auc_low > 3 * (one.auc_high - one.auc_low)
     with pytest.raises(PrivacyError, match="none NaN"):
         membership_attack([float("nan"), 1.0], [1.0, 2.0])
 

@@ -203,6 +203,28 @@ def test_a_question_is_answered_once() -> None:
         made.ask("kiel", "unmask", signatures=dict.fromkeys(("ulm", "jena", "kiel"), ""))
 
 
+P25519 = 2**255 - 19
+
+
+@pytest.mark.parametrize("twin", ["top bit", "unreduced"])
+def test_a_twin_of_anothers_key_cancels_no_mask(twin: str) -> None:
+    """jena, who colludes, signs a key that X25519 takes for wien's: kiel takes one stream away and adds the other."""
+    made = Round()
+    honest = int.from_bytes(made.server.roster["wien"].mask, "little")
+    # The few numbers below 19 have a second spelling below 2^255: nobody draws one, but an attacker may.
+    own, other = (honest, honest | 1 << 255) if twin == "top bit" else (9, 9 + P25519)
+    told = made.server.told()
+    for name, number in (("wien", own), ("jena", other)):
+        told[name]["mask"] = number.to_bytes(32, "little").hex()
+    made.ask("kiel", "shares", roster=told)
+    masked = made.ask("kiel", "masked", envelopes={"jena": "00", "wien": "00"})[1]
+    assert masked is not None
+    left = masked - stream(bytes.fromhex(made.sites["kiel"].seed), masked.size, masked.dtype)
+    plain = made.point.encode(made.updates["kiel"], 1)
+    assert (left == plain).mean() < 0.01, "the streams of jena and wien cancel: the server, told the seed, has it all"
+    assert _evenly_spread((left - plain).tobytes())
+
+
 def test_what_would_leave_too_few_to_hide_among_is_refused() -> None:
     made = Round()
     roster = made.server.told()

@@ -18,6 +18,7 @@ from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
 from medray.workflows.federation.attending import Guard, _alone, harmonised
 from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.site import SiteFolder
 
 PLAN = PrivacyPlan(
@@ -115,6 +116,18 @@ def test_secure_aggregation_may_be_demanded_and_its_keys_leave(tmp_path: Path) -
     site.worker = trains  # type: ignore[assignment]
     secure = {"secure_aggregation": True, "quorum": 3}
     assert site("train", question(**PRIVATE, federation=secure)).text == {"keys": {"mask": "00"}}
+
+
+def test_how_long_a_kept_update_is_stays_in_the_sites_log(tmp_path: Path) -> None:
+    site = guard(tmp_path, privacy={"required": False})
+
+    def trains(kind: Kind, parcel: Parcel) -> Parcel:
+        raise KeptBackError("it is too long", "its norm 4711 is above")
+
+    site.worker = trains  # type: ignore[assignment]
+    with pytest.raises(FederationError, match=r"^it is too long$"):
+        site("train", question(federation={"secure_aggregation": True, "quorum": 3}))
+    assert "4711" in Audit(tmp_path / "audit.jsonl").read()[-1].about["reason"]
 
 
 def test_where_the_site_does_not_ask_for_privacy_figures_leave_too(tmp_path: Path) -> None:

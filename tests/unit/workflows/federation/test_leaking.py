@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from medray.config.privacy import PrivacyConfig
+from medray.errors import PrivacyError
 from medray.privacy.attack import most_true_positives
 from medray.workflows.champion import Scores
 from medray.workflows.federation import leaking
+from medray.workflows.federation.conclude import _attacked
 from medray.workflows.federation.leaking import attacks, case_losses
 
 
@@ -34,7 +37,7 @@ def test_losses_are_the_tasks_own() -> None:
 
 def test_each_case_is_judged_by_its_own_sites_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows its own site's training cases by heart, and those of no other."""
-    cases = [SimpleNamespace(site="ab"[n % 2]) for n in range(80)]
+    cases = [SimpleNamespace(site="ab"[n % 2], group=f"p{n}") for n in range(80)]
     recipe = SimpleNamespace(manifest=SimpleNamespace(cases=cases))
     train, unseen = list(range(0, 40)), list(range(40, 80))
 
@@ -54,5 +57,22 @@ def test_each_case_is_judged_by_its_own_sites_model(monkeypatch: pytest.MonkeyPa
     assert rows[0].auc.value == rows[0].found.value == 1.0 and (rows[0].members, rows[0].others) == (40, 40)
     assert rows[0].most == pytest.approx(most_true_positives(1.0, 1e-3, 0.1)) and rows[1].most is None
     assert rows[1].auc.value < 0.1, "what it was trained on looks no better to it"
-    few = attacks(recipe, models, train[:9], unseen, metric="auc", privacy=privacy, seed=0)  # type: ignore[arg-type]
-    assert few == (), "of a handful nothing can be told"
+    with pytest.raises(PrivacyError, match="9 cases that were trained on"):
+        attacks(recipe, models, train[:9], unseen, metric="auc", privacy=privacy, seed=0)  # type: ignore[arg-type]
+
+
+def test_an_attack_that_fails_costs_no_report() -> None:
+    @dataclass(frozen=True)
+    class Page:
+        protection: str = "None."
+        attacks: tuple[Any, ...] = ()
+
+    def fails() -> tuple[Any, ...]:
+        raise PrivacyError("losses that are NaN.")
+
+    page: Any = Page()
+    assert _attacked(page, lambda: ("row",)).attacks == ("row",)  # type: ignore[arg-type,return-value,comparison-overlap]
+    found = _attacked(page, fails)
+    assert found.attacks == () and found.protection == (
+        "None. What the model gives away was not tried: PrivacyError: losses that are NaN."
+    )

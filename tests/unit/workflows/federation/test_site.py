@@ -17,11 +17,13 @@ from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import PolicyError, PrivacyError
+from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.privacy.accountant import PrivacyPlan
+from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation import site as sites
 from medray.workflows.federation.attending import Guard
 from medray.workflows.federation.rounds import Rounds
+from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
 from medray.workflows.federation.site import SiteFolder, SiteWorker
 from medray.workflows.training import new_model
@@ -156,6 +158,73 @@ def test_what_may_not_be_paid_for_is_refused_before_an_image_is_read(
         worker("train", ask(table, spec(privacy=PRIVATE)))
     assert asked == [(6, 0)], "the whole run, of which nothing is made yet"
     assert worker("evaluate", ask(table, spec(privacy=PRIVATE))).text == {"metrics": {}, "judged": 0}
+
+
+def test_under_secure_aggregation_one_question_of_a_round_is_answered(table: Manifest, tmp_path: Path) -> None:
+    """Of two sums with other sites in them, the difference could be one site's update."""
+    experiment = spec(federation={"secure_aggregation": True, "quorum": 3})
+
+    def asked(number: int, *, run: str = "a", more: float = 0.0) -> Parcel:
+        parcel = ask(table, experiment, number)
+        arrays = {name: value + np.float32(more) for name, value in parcel.arrays.items()}
+        return Parcel(text={**parcel.text, "run": run * 32}, arrays=arrays)
+
+    def worker() -> SiteWorker:
+        return SiteWorker(place(table, tmp_path))
+
+    first = worker()("train", asked(0)).text["keys"]
+    assert worker()("train", asked(0)).text["keys"] == first, "to the same, the same"
+    for other in (asked(0, more=0.1), asked(0, run="b")):
+        with pytest.raises(PrivacyError, match="round 1 in other words"):
+            worker()("train", other)
+    for half in (0, 1):  # what was answered is lost, but nothing was told with the keys: it trains again
+        (tmp_path / "site" / f"state-{half}.pt").unlink(missing_ok=True)
+    again = worker()("train", asked(0)).text["keys"]
+    assert again != first
+    shares = {**asked(0).text, "ask": "shares", "roster": {"kiel": again}}
+    with pytest.raises(FederationError, match="too few to hide"):
+        worker()("query", Parcel(text=shares))
+    for number in (1, 2):
+        worker()("train", asked(number))
+    for earlier in (asked(0), asked(1, more=0.1)):  # of two rounds ago no state says so any more
+        with pytest.raises(PrivacyError, match="round 3 of this recipe was answered before"):
+            worker()("train", earlier)
+    with pytest.raises(FederationError, match="names its run"):
+        worker()("train", ask(table, experiment, 2))
+
+
+def test_what_can_not_leave_is_not_paid_for_twice(table: Manifest, tmp_path: Path) -> None:
+    """Nor at all, where the site has nothing to sign with."""
+    charged: list[int] = []
+    federation = {"secure_aggregation": True, "quorum": 3, "max_norm": 1e-9}
+    parcel = ask(table, spec(privacy=PRIVATE, federation=federation))
+    parcel = Parcel(text={**parcel.text, "run": "a" * 32}, arrays=parcel.arrays)
+
+    def none() -> Signer:
+        raise FederationError("node.crt: expired")
+
+    def worker(signer: Callable[[], Signer] | None = None) -> SiteWorker:
+        return SiteWorker(place(table, tmp_path), charge=lambda _, steps: charged.append(steps), signer=signer)
+
+    with pytest.raises(FederationError, match="expired"):
+        worker(none)("train", parcel)
+    assert charged == []
+    with pytest.raises(KeptBackError, match="too long") as found:
+        worker()("train", parcel)
+    assert "its norm" in found.value.exactly and "norm 0" not in str(found.value)
+    with pytest.raises(FederationError, match="too long"):
+        worker()("train", parcel)
+    assert charged == [0, 2], "the second time it says the same, and trains nothing"
+
+
+def test_under_noise_at_the_server_and_under_masks_no_count_leaves(table: Manifest, tmp_path: Path) -> None:
+    central = spec(federation={"privacy": {"epsilon": 5.0, "delta": 1e-3}})
+    text = SiteWorker(place(table, tmp_path / "central"))("train", ask(table, central)).text
+    assert text == {"metrics": {}, "judged": 0}
+    parcel = ask(table, spec(federation={"secure_aggregation": True, "quorum": 3}))
+    asked = Parcel(text={**parcel.text, "run": "a" * 32}, arrays=parcel.arrays)
+    text = SiteWorker(place(table, tmp_path / "masked"))("train", asked).text
+    assert text.keys() == {"metrics", "judged", "loss", "keys"}
 
 
 def test_too_few_patients_neither_train_nor_validate(
