@@ -32,7 +32,7 @@ def test_the_modulus_is_the_first_prime_above_all_secrets() -> None:
     assert not any(prime(n) for n in range(2**256 + 1, PRIME, 2))
 
 
-@pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32, os.urandom(32)])
+@pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32, os.urandom(32)], ids=["zero", "most", "random"])
 def test_every_threshold_of_shares_gives_the_secret_and_no_fewer(secret: bytes) -> None:
     for count in range(1, 6):
         for threshold in range(1, count + 1):
