@@ -74,6 +74,7 @@ def tune(space: str, work: Path, name: str, overrides: Sequence[str]) -> StudyRu
     log = work / f"{name}.log"
     if not (directory / "result.json").exists():
         command = [sys.executable, "-m", "medray", "tune", str(ROOT / "search_spaces" / space), f"study.name={name}"]
+        command += ["study.warm_start=false"]  # studies of one benchmark must not learn from each other
         begun = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
             done = subprocess.run(

@@ -183,7 +183,13 @@ def _torment_one(work: Path, kills: list[Kill], trials: int, account: Account) -
     home = work / f"study-{account.studies}-{len(kills)}"
     home.mkdir()
     folder = home / "runs" / NAME
-    started = ["tune", str(work / "space.yaml"), f"study.name={NAME}", f"study.trials={trials}"]
+    started = [
+        "tune",
+        str(work / "space.yaml"),
+        f"study.name={NAME}",
+        f"study.trials={trials}",
+        "study.warm_start=false",
+    ]
     everyone: list[psutil.Process] = []
     last: Snapshot = {}
     sitting = _start(home, started)
