@@ -141,7 +141,7 @@ class Ours:
 class Plain:
     """Optuna's ask and tell, with a sampler and perhaps a pruner of its own."""
 
-    def __init__(self, table: Table, sampler: Any, pruner: Any = None) -> None:
+    def __init__(self, table: Table, sampler: Any, pruner: Any = None, *, name: str | None = None) -> None:
         import optuna
 
         from medray.search.space import Space
@@ -149,7 +149,8 @@ class Plain:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space = Space.parse(space_of(table))
         pruner = pruner or optuna.pruners.NopPruner()
-        self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+        # Hyperband draws a trial's bracket from the study's name, which is random where none is given.
+        self._study = optuna.create_study(study_name=name, direction="maximize", sampler=sampler, pruner=pruner)
         self._study.enqueue_trial(self._space.encode(default_of(table)))
         self._trials: dict[int, Any] = {}
 
@@ -252,4 +253,4 @@ def hyperband(table: Table, seed: int) -> Strategy:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=VALIDATIONS, reduction_factor=3)
-        return Plain(table, optuna.samplers.TPESampler(seed=seed), pruner)
+        return Plain(table, optuna.samplers.TPESampler(seed=seed), pruner, name=f"replay {seed}")

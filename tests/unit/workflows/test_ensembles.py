@@ -322,18 +322,52 @@ def test_scores_say_how_many_voxels_are_whose(recipes):
 # The contest ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_contest_ranks_all_that_can_be_made_and_names_the_best_single(recipes, tmp_path):
+@pytest.fixture
+def conclusion(recipes, tmp_path):
+    """conclusion(select): what the last stage of a study with three finalists is made from."""
     from medray.config.schema import StudyConfig
     from medray.workflows.clock import Clock
-    from medray.workflows.contest import Conclusion, hold_contest
+    from medray.workflows.contest import Conclusion
+    from medray.workflows.selecting import Quiet, make_chooser
 
     recipe = recipes["cls"]
     finalists = tuple((name, untrained(recipe, seed)) for seed, name in enumerate(("default", "a", "b")))
-    asked = Conclusion(
-        directory=tmp_path, recipe=recipe, study=StudyConfig(), source="", command="", objective=("val/auc", "max"),
-        finalists=finalists, records=(), importance={}, sampler="", clock=Clock(tmp_path / "clock.json", 1e6),
-    )  # fmt: skip
-    splits = replace(recipe.splits(recipe.experiment()), val=tuple(range(16)))
+
+    def make(select=None):
+        study = StudyConfig.model_validate({"select": select or {}})
+        return Conclusion(
+            directory=tmp_path, recipe=recipe, study=study, source="", command="", objective=("val/auc", "max"),
+            finalists=finalists, records=(), importance={}, sampler="", clock=Clock(tmp_path / "clock.json", 1e6),
+            chooser=make_chooser(study, {"val/auc": "max"}, ("val/auc", "max"), ["val/auc"]),
+            quiet=Quiet(recipe=recipe, budget=1e6, tell=lambda _: None),
+        )  # fmt: skip
+
+    return make
+
+
+def splits_of(recipe):
+    return replace(recipe.splits(recipe.experiment()), val=tuple(range(16)))
+
+
+def test_a_limit_decides_among_ensembles_and_single_networks_alike(conclusion):
+    from medray.workflows.contest import hold_contest
+
+    free = conclusion()
+    one = sum(p.numel() for p in free.finalists[0][1].model.parameters())
+    asked = conclusion({"limits": {"parameters": one}})
+    contest = hold_contest(asked, splits_of(asked.recipe), "auc")
+    assert len(contest.named(contest.winner).members) == 1 and contest.crowning is not None
+    broken = {ranked.option.name for ranked in contest.crowning.ranked if ranked.broken}
+    assert "average of 3" in broken and not broken & {"default", "a", "b"}
+    assert hold_contest(free, splits_of(asked.recipe), "auc").crowning is None
+
+
+def test_a_contest_ranks_all_that_can_be_made_and_names_the_best_single(conclusion):
+    from medray.config.schema import StudyConfig
+    from medray.workflows.contest import hold_contest
+
+    asked = conclusion()
+    splits = splits_of(asked.recipe)
     contest = hold_contest(asked, splits, "auc")
     names = [candidate.name for candidate in contest.candidates]
     assert names[:4] == ["default", "a", "b", "average of 3"] and "vote of 3" in names
