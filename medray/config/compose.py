@@ -284,7 +284,9 @@ def _apply(tree: Tree, override: Override) -> None:
         node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"{SOURCE}: {override.text!r}: '{section}' holds a value, not further keys")
-    if override.action == "set":
+    if override.path == ("study", "objectives") and override.action == "set":
+        node[leaf] = copy.deepcopy(override.value)  # what is searched for, not something more
+    elif override.action == "set":
         merge(node, {leaf: override.value})
     elif leaf not in node:
         raise ConfigError(

@@ -180,6 +180,16 @@ class Space:
         """``params``, which the space contains, as Optuna stores them."""
         return {path: self.parameters[path].encode(value) for path, value in params.items()}
 
+    def read(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that an experiment, as a tree, has at the space's paths; None where it has no such field."""
+        found: dict[str, Any] = {}
+        for parameter in self:
+            value: Any = tree
+            for part in parameter.path.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            found[parameter.path] = value
+        return found
+
     def validate(self, check: Callable[[dict[str, Any]], object]) -> None:
         """Try each choice and both ends of each range, under each condition that lets the parameter exist.
 

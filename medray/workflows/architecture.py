@@ -29,7 +29,7 @@ from medray.data.loader import train_loader
 from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
 from medray.engines.ray.remote import call_all
-from medray.errors import ConfigError, StudyError
+from medray.errors import ConfigError, MedrayError, StudyError
 from medray.learn.losses import build_loss
 from medray.models.catalogue import lookup
 from medray.models.cells import Plan
@@ -151,15 +151,25 @@ class SearchTask:
 
 
 def find(task: SearchTask, *, while_waiting: Callable[[], None]) -> Found:
-    """Search in a worker process, which leads a group where several search together. Ray must be connected."""
+    """Search in a worker process, which leads a group where several search together. Ray must be connected.
+
+    Raises:
+        StudyError: it failed, and why.
+    """
     alone = task.workers == 1
-    (found,) = call_all(
-        run_search,
-        [task],
-        cpus=task.cpus if alone else 0,
-        gpus=task.gpus if alone else 0,
-        while_waiting=while_waiting,
-    )
+    try:
+        (found,) = call_all(
+            run_search,
+            [task],
+            cpus=task.cpus if alone else 0,
+            gpus=task.gpus if alone else 0,
+            while_waiting=while_waiting,
+        )
+    except MedrayError as error:
+        raise StudyError(
+            f"the architecture search failed: {error}\nA resumed study would go the same way: begin a new one with "
+            "other settings of study.nas, or one without"
+        ) from error
     return found
 
 

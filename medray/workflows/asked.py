@@ -135,18 +135,24 @@ def resumed(directory: Path, overrides: Sequence[str]) -> tuple[Path, Asked]:
         command=asked.command,
     )
     save(directory, asked)
-    _set_aside(directory)
+    _set_aside(directory, refit=bool(set(changed) - {"select"}))
     return directory, asked
 
 
-def _set_aside(directory: Path) -> None:
-    """Keep what an ended study came to under a number, so that it can go on with more time or trials."""
+def _set_aside(directory: Path, *, refit: bool) -> None:
+    """Keep what an ended study came to under a number, so that it can go on.
+
+    Args:
+        directory: of the study.
+        refit: with more time or trials the finalists are trained anew; where only the rule changed they stand.
+    """
     if not (directory / "result.json").exists():
         return
     number = 1
     while (directory / f"result-{number}.json").exists():
         number += 1
-    for stem, suffix in (("final", ""), ("report", ".html"), ("bundle", ""), ("result", ".json")):
+    finalists = (("final", ""),) if refit else ()
+    for stem, suffix in (*finalists, ("report", ".html"), ("bundle", ""), ("result", ".json")):
         path = directory / f"{stem}{suffix}"
         if path.exists():
             path.rename(directory / f"{stem}-{number}{suffix}")

@@ -131,10 +131,11 @@ class AutoML:
         address: str | None = None,
         storage: str | None = None,
     ) -> None:
-        self._runs, self._address, self._storage = Path(runs), address, storage
+        self._runs, self._address, self._storage = Path(runs).absolute(), address, storage
+        source, self._table = _source(data, self._runs)
         self._space: Path | None = None
         self._directory: Path | None = None
-        asked: dict[str, Any] = {"data": _source(data, self._runs), "task.kind": task, "study.name": name}
+        asked: dict[str, Any] = {"data": source, "task.kind": task, "study.name": name}
         asked |= {"study.trials": trials, "study.budget": budget}
         self._overrides = [f"{key}={value}" for key, value in asked.items() if value is not None]
         if metric is not None:
@@ -187,6 +188,8 @@ class AutoML:
         from medray.workflows.study import tune
 
         if self._directory is None:
+            if self._table is not None:
+                _keep(*self._table)
             if self._suits and self._space is None:
                 self._space = space_for(self._overrides)
             self._directory, _ = new(self._space, self._overrides, self._runs.resolve(), self._storage)
@@ -248,7 +251,7 @@ class AutoML:
 
         Args:
             inputs: files, folders or globs.
-            out: folder of the masks, the table and ``summary.json``; None: ``predictions/`` in the study's folder.
+            out: folder of the masks, the table and ``summary.json``; None: a new one in the study's folder.
             runtime: torch, onnx, openvino, tensorrt, or auto for the fastest here.
             overlays: beside each PNG mask of a picture, the picture with the mask drawn on it.
 
@@ -266,7 +269,7 @@ class AutoML:
 
         self._result()
         several = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-        folder = Path(out) if out is not None else self.directory / "predictions"
+        folder = Path(out) if out is not None else _fresh(self.directory / "predictions")
         summary = predict_files(self.directory / "bundle", several, folder, runtime, overlays=overlays)
         rows: list[dict[str, Any]] = []
         for answer in summary.answers:
@@ -308,10 +311,10 @@ def _objectives(metric: str | Mapping[str, Literal["max", "min"]]) -> dict[str, 
     return {f"val/{name}": "min" if name in _LESS_IS_BETTER else "max"}
 
 
-def _source(data: str | Path | pd.DataFrame, runs: Path) -> str:
-    """The data as a study names them; a DataFrame is kept as a table below ``runs``, named by its content."""
+def _source(data: str | Path | pd.DataFrame, runs: Path) -> tuple[str, tuple[Path, str] | None]:
+    """The data as a study names them; of a DataFrame also the table that it becomes, below ``runs`` by its content."""
     if isinstance(data, (str, Path)):
-        return str(data)
+        return str(data), None
     if not hasattr(data, "to_csv"):
         raise DataError(f"data is a {type(data).__name__}; give a path, phantom://NAME, or a pandas.DataFrame")
     files = [name for name in data.columns if str(name) in _FILES or str(name).startswith("image_")]
@@ -323,13 +326,27 @@ def _source(data: str | Path | pd.DataFrame, runs: Path) -> str:
     table = data.assign(**{str(name): [_absolute(cell) for cell in data[name]] for name in files})
     text = table.to_csv(index=False)
     path = runs / ".tables" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
+    return str(path), (path, text)
+
+
+def _keep(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # its columns may name patients
     path.write_text(text, encoding="utf-8")
-    return str(path)
 
 
 def _absolute(cell: Any) -> Any:
-    return str(Path(cell).expanduser().absolute()) if isinstance(cell, (str, Path)) and str(cell) else cell
+    is_file = isinstance(cell, (str, Path)) and str(cell) and "://" not in str(cell)
+    return str(Path(cell).expanduser().absolute()) if is_file else cell
+
+
+def _fresh(folder: Path) -> Path:
+    """The folder, or the first numbered one beside it that is not there: what was answered before is somebody's."""
+    number, found = 1, folder
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
 
 
 def _flow(value: Any) -> str:
@@ -338,10 +355,12 @@ def _flow(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_flow(item) for item in value) + "]"
+    if hasattr(value, "item") and not isinstance(value, (int, float)):
+        value = value.item()  # NumPy's
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
-        return repr(value)
+        return repr(float(value)) if isinstance(value, float) else repr(int(value))
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     raise ConfigError(f"{value!r} is a {type(value).__name__}, and a search space holds numbers, texts and lists")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import tempfile
@@ -35,7 +34,7 @@ _ACCEPT = {
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """Statuses after which the same request may do better: busy, a replica that died, one that starts."""
 _JOBS = 3
-"""How often an image is sent whose job was lost with its process."""
+"""How often an image is sent whose job was lost with its process, or failed for a reason that may pass."""
 _SUFFIX = {"nifti": "_seg.nii.gz", "png": "_overlay.png", "dicom": "_seg.dcm", "sr": "_sr.dcm"}
 
 
@@ -114,12 +113,14 @@ class Client:
                 time.sleep(pause)
                 pause = min(2.0, pause * 1.3)
                 job = json.loads(self._ask("GET", place, None, {}))
-            if job["state"] != "lost":
+            error = job["error"] or {}
+            if job["state"] == "done" or (job["state"] == "failed" and error.get("status") not in _AGAIN):
                 break
+        if job["state"] != "done":
+            raise ServingError(f"{self.url} could not answer ({error.get('status') or 'lost'}): {error.get('message')}")
         answer = self._ask("GET", f"{place}/answer", None, {})
         progress(1.0)
-        with contextlib.suppress(ServingError):  # it goes by itself, later
-            self._ask("DELETE", place, None, {})
+        self._try("DELETE", place, None, {})  # once: it goes by itself, later
         return answer
 
     def _send(

@@ -334,7 +334,10 @@ def _warm_note(asked: Conclusion) -> str:
         return "Off: study.warm_start=false."
     if not asked.records:
         return "There was no search."
-    return "No earlier study of data near enough found something that this space holds and the default is not."
+    return (
+        "No earlier study of data near enough found something that this space holds and the default is not; or the "
+        "default itself lies outside the space."
+    )
 
 
 def _search_overhead(asked: Conclusion) -> float:
@@ -344,7 +347,8 @@ def _search_overhead(asked: Conclusion) -> float:
     """
     if not asked.records:
         return float("nan")
-    busy = sum(record.seconds for record in asked.records) / max(1, asked.slots)
+    seconds = sum(record.seconds + float(record.extras.get("measuring", 0.0)) for record in asked.records)
+    busy = seconds / max(1, asked.slots)
     return max(0.0, asked.clock.stages.get("search", 0.0) - busy) / max(asked.clock.spent, 1e-9)
 
 

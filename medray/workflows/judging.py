@@ -31,6 +31,9 @@ from medray.workflows.examples import Examples
 Direction = Literal["max", "min"]
 Validate = Callable[[nn.Module], dict[str, float]]
 
+CLASSIFICATION_METRICS = ("auc", "accuracy", "balanced_accuracy", "f1", "log_loss", "brier", "average_precision")
+"""What may be an objective where classes are told."""
+
 GLANCE = 16
 """Cases that a validation segments while training goes on."""
 

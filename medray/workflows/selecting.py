@@ -156,12 +156,18 @@ def pick_trial(
         ranked = rule.rank(options, reference=list(found.values()))
         first = ranked[0]
         number = int(first.option.name.removeprefix("trial "))
-        if first.refused and 0 in completed:
+        unmeasured = [n for n in found if n not in looked and rule.needs & set(MEASURED) - found[n].keys()]
+        if first.refused and unmeasured and (quiet.has_time or not looked):
+            # Of a study that was begun without this limit: look before anything is refused.
+            order = [one.option.name for one in rule.without_limits().rank(options)]
+            number = min(unmeasured, key=lambda n: order.index(f"trial {n}"))
+        elif first.refused and 0 in completed:
             raise StudyError(_nobody(ranked[:5], {}, quiet.recipe.directory))
-        if first.refused:
+        elif first.refused:
             return None, False
         record = completed[number]
-        if not measured or number in looked or _is_clear(record, rule) or (kept_one and not quiet.has_time):
+        settled = not measured or number in looked or _is_clear(record, rule) or (kept_one and not quiet.has_time)
+        if settled and number not in unmeasured:
             return record, not first.broken
         trained = load_trained(quiet.recipe, Path(record.directory))
         params = {} if record.is_default else record.params
@@ -260,6 +266,9 @@ def crown(
     if measured and chooser.rule == "best":  # of those that keep the limits the best is wanted: the others cost nothing
         order = [found.option.name for found in chooser.without_limits().rank(options())]
         for name in order:
+            if len(by_name[name].members) > 1 and not quiet.has_time:
+                reasons[name] = "not measured: its time was over"
+                continue
             if any(found.option.name in costs and not found.broken for found in rank()):
                 reasons[name] = "not measured: a better one is chosen"
                 continue
@@ -327,7 +336,8 @@ def _nobody(ranked: Sequence[Ranked], reasons: Mapping[str, str], directory: str
             "nothing keeps the limits of study.select, so there is no champion. The nearest:",
             *lines,
             f"Everything that was trained is kept. Resume with a looser limit and more trials (medray tune --resume "
-            f"{directory} study.select.limits.NAME=VALUE study.trials=N), or let the one that breaks them least win "
+            f"{directory} study.select.limits.NAME=VALUE study.trials=N study.budget=TIME), or let the one that "
+            "breaks them least win "
             "(study.select.on_fail=last)",
         ]
     )

@@ -24,7 +24,9 @@ def space_for(overrides: Sequence[str]) -> Path:
         ConfigError: they name no data.
         DataError: no layout fits the data.
     """
-    asked = compose(None, overrides).explicit
+    # The others may speak of entries of the space that is yet to be found.
+    about = [text for text in overrides if text.lstrip("+").partition("=")[0].split(".")[0] in ("data", "task")]
+    asked = compose(None, about).explicit
     source = asked.get("data")
     if not source:
         raise ConfigError(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
 from medray.search.nas.loop import Found
-from medray.search.past import WARM, Proposal, propose, shipped, studies_in
+from medray.search.past import WARM, Proposal, propose, shipped
 from medray.search.selection import MEASURED
 from medray.search.space import Space
 from medray.search.storage import DATABASE
@@ -47,7 +47,7 @@ from medray.workflows.conclusion import Concluded, conclude
 from medray.workflows.contest import Conclusion, robustness_seconds
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
-from medray.workflows.judging import GLANCE, OBJECTIVE, Direction
+from medray.workflows.judging import CLASSIFICATION_METRICS, GLANCE, OBJECTIVE, Direction
 from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import describe, prepare_directory
 from medray.workflows.probe import time_step
@@ -57,8 +57,7 @@ from medray.workflows.sitting import sitting
 from medray.workflows.storage import bring, is_address, place_of
 from medray.workflows.training import Trained, load_trained, open_store
 from medray.workflows.trial import COSTS, FinalTask, TrialPayload, run_final, run_trial
-
-CLASSIFICATION_METRICS = ("auc", "accuracy", "balanced_accuracy", "f1", "log_loss", "brier", "average_precision")
+from medray.workflows.warm import past_of
 
 SHORTEST = 10.0
 """Seconds under which a final fit would come to nothing that a trial's network isn't already."""
@@ -374,13 +373,7 @@ class _Study:
         return 0.0 if step is None else TELLING_STEPS * step + validations
 
     def _driver(self) -> StudyDriver:
-        tree = self.recipe.experiment().model_dump(mode="json")
-        defaults: dict[str, Any] = {}
-        for parameter in self.space:
-            value: Any = tree
-            for part in parameter.path.split("."):
-                value = value[part] if isinstance(value, dict) else None
-            defaults[parameter.path] = value
+        defaults = self.space.read(self.recipe.experiment().model_dump(mode="json"))
         study = self.asked.study
         proposals: list[Proposal] = []
         if study.warm_start and not (self.directory / DATABASE).exists():  # a study that has begun keeps its own
@@ -388,7 +381,7 @@ class _Study:
                 self.space,
                 defaults,
                 self.recipe.fingerprint,
-                [*studies_in(self.directory.parent, besides=self.directory), *shipped()],
+                [*past_of(self.directory, self.recipe), *shipped()],
                 objective=self.objective[0],
                 count=min(WARM, study.trials // 4),
             )
@@ -400,9 +393,8 @@ class _Study:
         plans: list[tuple[str, Mapping[str, Any]]] = [("default", {})]
         if best is not None and not best.is_default:
             plans.append((f"trial-{best.number}", best.params))
-        elif best is None and self.searched:
-            # No trial has tried what was found: it gets its chance beside the default.
-            plans.append((architecture.SEARCHED, {"model.name": self.searched[0]}))
+        elif best is None and self.searched and not any(record.values is not None for record in records):
+            plans.append((architecture.SEARCHED, {"model.name": self.searched[0]}))  # which no trial has tried
         finish = self._finish_seconds(len(plans))
         open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
         parallel = len(open_plans) if session.gpus >= len(open_plans) * self.workers else 1
@@ -424,9 +416,17 @@ class _Study:
                 self._tell("stage", f"final fit of {names}: {seconds:.0f} s")
                 self._run_final([self._final_task(name, params, seconds) for name, params in now], session, parallel)
             found = [(name, trained) for name, _ in plans if (trained := self._finalist(name)) is not None]
+            if not self.chooser.is_plain:
+                found = [*self._fitted_before(dict(plans)), *found]
             if self.asked.study.ensemble:
                 found += self._twins(plans, found, session)
         return found
+
+    def _fitted_before(self, besides: Collection[str]) -> list[tuple[str, Trained]]:
+        """Finalists of an earlier sitting that the rule then had put first."""
+        names = sorted({path.name for path in (self.directory / "final").glob("*")} - set(besides))
+        found = [(name, self._finalist(name)) for name in names if "-twin-" not in name]
+        return [(name, trained) for name, trained in found if trained is not None]
 
     def _twins(
         self,

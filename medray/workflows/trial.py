@@ -11,6 +11,7 @@ from typing import Any
 from medray import logs
 from medray.config.schema import Experiment
 from medray.config.selection import SelectConfig
+from medray.errors import BundleError
 from medray.search.selection import MEASURED, Chooser
 from medray.search.trial import Report, TrialOutcome, TrialTask
 from medray.train.progress import Progress
@@ -26,6 +27,8 @@ FOLDER = "costs"
 """Of a study: what its architectures cost, as measured."""
 
 
+_WHOLE = 0.95
+"""Share of a trial's seconds that its schedule needs, so that its value compares with others'."""
 _PLAIN = Chooser(select=SelectConfig())
 
 
@@ -56,18 +59,23 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
     payload: TrialPayload = task.payload
     params = {} if task.is_default else task.params
     experiment = payload.recipe.experiment(params, budget=task.seconds)
-    costs, figures = _costs_before(payload, experiment)
+    began = time.monotonic()
+    costs, figures = _costs_before(payload, experiment, needed=not task.is_default)
+    measuring = time.monotonic() - began
     constraints = payload.chooser.constraints(figures)
     if not task.is_default and payload.chooser.select.refuses:  # without the default no gain could be stated
         limits = payload.chooser.select.limits.given
         broken = costs.surely_breaks(limits) if costs else {n for n, v in constraints.items() if v > 0}
         if broken:
-            extras = {"refused": sorted(broken), **_extras(costs)}
+            extras = {"refused": sorted(broken), "measuring": measuring, **_extras(costs)}
             return TrialOutcome(metrics=figures, stopped="refused", constraints=constraints, extras=extras)
+    is_short = False
     known = {name: figures[name] for name in payload.objectives if name in figures}
     if task.seconds is not None and task.deadline is not None and time.time() + task.seconds > task.deadline:
         # Measuring took a part of its time; the schedule has to end with the search.
-        experiment = payload.recipe.experiment(params, budget=max(1.0, task.deadline - time.time()))
+        remains = max(1.0, task.deadline - time.time())
+        experiment = payload.recipe.experiment(params, budget=remains)
+        is_short = remains < _WHOLE * task.seconds
 
     def on_validation(progress: Progress) -> bool:
         return report(
@@ -106,18 +114,29 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
     return TrialOutcome(
         metrics=metrics,
         seconds=trained.fit.seconds,
-        stopped=trained.fit.stopped,
+        # A shorter schedule is another experiment: its value must not stand among those of whole ones.
+        stopped="deadline" if is_short and trained.fit.stopped == "finished" else trained.fit.stopped,
         constraints=payload.chooser.constraints(metrics),
-        extras=_extras(costs),
+        extras={"measuring": measuring, **_extras(costs)},
     )
 
 
-def _costs_before(payload: TrialPayload, experiment: Experiment) -> tuple[Costs | None, dict[str, float]]:
-    """What is known of a trial before it is trained, as far as objectives, limits or the rule ask for it."""
+def _costs_before(
+    payload: TrialPayload, experiment: Experiment, *, needed: bool
+) -> tuple[Costs | None, dict[str, float]]:
+    """What is known of a trial before it is trained, as far as objectives, limits or the rule ask for it.
+
+    One that is not ``needed`` (trial 0's) may fail: it has a quiet look later.
+    """
     needs = payload.chooser.needs
     if needs & set(MEASURED):
         folder = Path(payload.recipe.directory) / FOLDER
-        costs = costs_of(payload.recipe, untrained(payload.recipe, experiment), folder, trained=False)
+        try:
+            costs = costs_of(payload.recipe, untrained(payload.recipe, experiment), folder, trained=False)
+        except BundleError:
+            if needed:
+                raise
+            return None, {}
         return costs, costs.values
     if "parameters" in needs:
         model = untrained(payload.recipe, experiment).lead.model

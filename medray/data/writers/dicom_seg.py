@@ -9,6 +9,7 @@ are LPS, the opposite of RAS in the first two.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _describe(number: int, name: str, value: int, algorithm: Algorithm) -> Any:
         segment_label=name[:64] or f"class {value}",
         # Class names are the data set's own words: a private coding scheme says so, where a guess at SNOMED would lie.
         segmented_property_category=codes.SCT.Tissue,
-        segmented_property_type=hd.sr.CodedConcept(f"CLASS{value}", "99MEDRAY", name[:64] or f"class {value}"),
+        segmented_property_type=class_code(name or f"class {value}"),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=algorithm.name[:64] or "medray",
@@ -142,6 +143,14 @@ def _describe(number: int, name: str, value: int, algorithm: Algorithm) -> Any:
         tracking_uid=hd.UID(),
         tracking_id=f"{name} {number}"[:64],
     )
+
+
+def class_code(name: str) -> Any:
+    """A class's own word as a code of our scheme; equal words have equal codes, and others others."""
+    import highdicom as hd
+
+    meaning = name.replace("\\", "/")[:64]  # a backslash would part it in two
+    return hd.sr.CodedConcept("C" + hashlib.sha256(meaning.encode()).hexdigest()[:15], "99MEDRAY", meaning)
 
 
 def source_headers(files: Sequence[Path | str], image: Image) -> list[Any]:

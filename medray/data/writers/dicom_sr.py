@@ -11,7 +11,7 @@ from typing import Any
 from medray import __version__
 from medray.data.image import Image
 from medray.data.writers.atomic import appearing
-from medray.data.writers.dicom_seg import Algorithm, source_headers
+from medray.data.writers.dicom_seg import Algorithm, class_code, source_headers
 from medray.errors import DataError, MissingDependencyError
 
 _SCHEME = "99MEDRAY"
@@ -52,13 +52,13 @@ def write_report(
         raise MissingDependencyError("highdicom", "writing DICOM-SR", "pip install highdicom") from None
     sources = source_headers(files if files is not None else image.original.get("files", ()), image)
     groups = [
-        *(_likely(n, name, p, name in decided, algorithm) for n, (name, p) in enumerate((probabilities or {}).items())),
-        *(_volume(n, name, ml, algorithm) for n, (name, ml) in enumerate((volumes_ml or {}).items(), start=1)),
+        *(_likely(name, p, name in decided, algorithm) for name, p in (probabilities or {}).items()),
+        *(_volume(name, ml, algorithm) for name, ml in (volumes_ml or {}).items()),
     ]
     if not groups:
         raise DataError(f"{path}: neither probabilities nor volumes: a report needs a figure; a 2-D mask has none")
     if uncertainty is not None:
-        groups.append(_group("ANSWER", "answer", "Uncertainty (normalised entropy)", uncertainty, algorithm))
+        groups.append(_group("answer", "Uncertainty (normalised entropy)", uncertainty, algorithm))
     first = sources[0]
     try:
         document = hd.sr.ComprehensiveSR(
@@ -85,9 +85,14 @@ def write_report(
 def _content(groups: Sequence[Any], algorithm: Algorithm) -> Any:
     import highdicom as hd
     from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
 
     device = hd.sr.DeviceObserverIdentifyingAttributes(
-        uid=hd.UID(), name=algorithm.name[:_LONGEST] or "medray", manufacturer_name="medray", model_name=__version__
+        # One device for all reports of a bundle.
+        uid=generate_uid(entropy_srcs=["medray", algorithm.name, algorithm.version]),
+        name=algorithm.name[:_LONGEST] or "medray",
+        manufacturer_name="medray",
+        model_name=f"medray {__version__}",
     )
     return hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(
@@ -101,26 +106,25 @@ def _content(groups: Sequence[Any], algorithm: Algorithm) -> Any:
     )
 
 
-def _likely(number: int, name: str, probability: float, decided: bool, algorithm: Algorithm) -> Any:
+def _likely(name: str, probability: float, decided: bool, algorithm: Algorithm) -> Any:
     import highdicom as hd
     from pydicom.sr.codedict import codes
 
     decision = hd.sr.QualitativeEvaluation(
         hd.sr.CodedConcept("DECISION", _SCHEME, "Decision"), codes.SCT.Present if decided else codes.SCT.Absent
     )
-    return _group(f"CLASS{number}", name, "Probability", probability, algorithm, evaluations=[decision])
+    return _group(name, "Probability", probability, algorithm, evaluations=[decision])
 
 
-def _volume(value: int, name: str, millilitres: float, algorithm: Algorithm) -> Any:
+def _volume(name: str, millilitres: float, algorithm: Algorithm) -> Any:
     import highdicom as hd
     from pydicom.sr.codedict import codes
 
     unit = hd.sr.CodedConcept("ml", "UCUM", "milliliter")
-    return _group(f"CLASS{value}", name, codes.SCT.Volume, millilitres, algorithm, unit=unit)
+    return _group(name, codes.SCT.Volume, millilitres, algorithm, unit=unit)
 
 
 def _group(
-    code: str,
     name: str,
     what: Any,
     value: float,
@@ -136,7 +140,7 @@ def _group(
     concept = hd.sr.CodedConcept(what.upper()[:16].split(" ")[0], _SCHEME, what) if isinstance(what, str) else what
     return hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(uid=hd.UID(), identifier=name[:_LONGEST]),
-        finding_type=hd.sr.CodedConcept(code, _SCHEME, name[:_LONGEST] or code),
+        finding_type=class_code(name),
         algorithm_id=hd.sr.AlgorithmIdentification(
             name=algorithm.name or "medray",
             version=algorithm.version or __version__,

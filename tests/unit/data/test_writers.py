@@ -294,7 +294,12 @@ def test_dicom_sr_tells_the_figures_and_refers_to_its_series(tmp_path):
     sources = {pydicom.dcmread(file).SOPInstanceUID for file in (tmp_path / "series").iterdir()}
     series = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
     assert {one.ReferencedSOPInstanceUID for one in series.ReferencedSOPSequence} == sources
-    assert ALGORITHM.note in str(document)  # the intended use travels with it
+    texts = [element.value for element in document.iterall() if element.keyword == "TextValue"]
+    assert ALGORITHM.note in texts  # the intended use travels with it
+    codes = {e.value for e in document.iterall() if e.keyword == "CodeValue" and str(e.value).startswith("C")}
+    write_report(path, image, probabilities={"krank": 0.1, "a\\b": 0.9}, algorithm=ALGORITHM)
+    again = {e.value for e in pydicom.dcmread(path).iterall() if e.keyword == "CodeValue"}
+    assert len(codes & again) == 1  # the same word has the same code in every report, another one another
 
     write_report(path, image, volumes_ml={"organ" * 20: 21.3}, algorithm=ALGORITHM)
     assert figures_of(path) == {("organ" * 20)[:64]: [("Volume", 21.3, "ml")]}

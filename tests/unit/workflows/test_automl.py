@@ -84,6 +84,54 @@ def test_without_a_space_the_one_that_suits_the_data_is_taken(
     assert stored(study)["study"]["name"] == name and stored(study)["space"]
 
 
+def test_a_metric_takes_the_place_of_the_spaces_own(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    data = "phantom://xray-nodules?cases=4&size=16"
+    for space in (None, "cls"):
+        study = medray.AutoML(data, metric="balanced_accuracy", space=space, runs=tmp_path).optimize()
+        assert stored(study)["study"]["objectives"] == {"val/balanced_accuracy": "max"}
+
+
+def test_data_and_overrides_that_the_space_answers_for(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    assert space_for(["data=phantom://xray-findings?cases=4&size=16"]) == shipped("cls")
+    study = medray.AutoML(
+        "phantom://xray-findings?cases=4&size=16", overrides=["~space.optim.lr", "~augment"], runs=tmp_path
+    ).optimize()
+    held = stored(study)
+    assert "optim.lr" not in held["space"] and held["space"] and "kind" not in held["explicit"].get("task", {})
+
+
+def test_numpy_s_numbers_are_numbers(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    import numpy as np
+
+    study = medray.AutoML(
+        "phantom://xray-nodules?cases=4&size=16", runs=tmp_path,
+        space={"optim.lr": {"choice": list(np.geomspace(1e-3, 1e-1, 3))}, "train.epochs": {"int": [np.int64(1), 3]}},
+    ).optimize()  # fmt: skip
+    assert stored(study)["space"]["optim.lr"]["choice"] == pytest.approx([1e-3, 1e-2, 1e-1])
+    assert stored(study)["space"]["train.epochs"]["int"] == [1, 3]
+
+
+def test_what_was_answered_before_is_not_written_over(
+    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from medray.workflows import prediction
+
+    folders: list[Path] = []
+
+    def answer(bundle: Path, inputs: Any, folder: Path, *more: Any, **others: Any) -> Any:
+        folder.mkdir()
+        folders.append(folder)
+        return SimpleNamespace(answers=())
+
+    monkeypatch.setattr(prediction, "predict_files", answer)
+    study = medray.AutoML("phantom://fundus-vessels?cases=4&size=16", runs=tmp_path).optimize()
+    for _ in range(2):
+        study.predict("x.png")
+    assert [folder.name for folder in folders] == ["predictions", "predictions-2"]
+
+
 def test_a_table_of_columns_gets_its_own_space(tmp_path: Path) -> None:
     table = tmp_path / "cases.csv"
     table.write_text("age,label\n" + "".join(f"{40 + n},{n % 2}\n" for n in range(10)), encoding="utf-8")
@@ -104,6 +152,7 @@ def test_a_data_frame_is_kept_as_a_table_with_absolute_paths(
     kept = pd.read_csv(stored(study)["source"])
     assert kept["image"].tolist() == [str(tmp_path / "scans" / f"{n}.png") for n in range(4)]
     assert frame["image"][0] == Path("scans/0.png")  # the caller's own is left alone
+    assert Path(stored(study)["source"]).stat().st_mode & 0o077 == 0
     with pytest.raises(DataError, match=r"no column 'image'.*files, label"):
         medray.AutoML(frame.rename(columns={"image": "files"}))
     with pytest.raises(DataError, match="list"):

@@ -102,13 +102,29 @@ def test_busy_and_broken_answers_are_asked_for_again_under_one_key(fake: Fake, i
 
 def test_a_long_prediction_is_a_job_that_is_sent_again_where_it_was_lost(fake: Fake, image: Path) -> None:
     states = [("running", 0.0), ("running", 0.5), ("lost", 0.5), ("running", 0.1), ("done", 1.0)]
-    fake.jobs = [{"id": "a" * 32, "state": state, "progress": progress} for state, progress in states]
+    fake.jobs = [{"id": "a" * 32, "state": state, "progress": progress, "error": None} for state, progress in states]
     told: list[float] = []
     assert medray.Client(url(fake)).predict(image, model="seg", progress=told.append) == FOUND
     sent = [(path, headers["Idempotency-Key"]) for path, headers, body in fake.asked if body]
     assert [path for path, _ in sent] == ["/v1/jobs?model=seg"] * 2 and len({key for _, key in sent}) == 2
     assert told == [0.0, 0.5, 0.1, 1.0]
     assert fake.asked[-1][0] == f"/v1/jobs/{'a' * 32}" and not fake.jobs  # its answer is removed
+
+
+def test_a_job_that_failed_for_good_is_not_sent_again(fake: Fake, image: Path) -> None:
+    error = {"status": 503, "reason": "no-space", "message": "full"}
+    fake.jobs = [
+        {"id": "a" * 32, "state": "failed", "progress": 0.0, "error": error},
+        {
+            "id": "b" * 32,
+            "state": "failed",
+            "progress": 0.0,
+            "error": {**error, "status": 422, "message": "two channels"},
+        },
+    ]
+    with pytest.raises(ServingError, match=r"422.*two channels"):
+        medray.Client(url(fake)).predict(image, progress=lambda _: None)
+    assert len(fake.asked) == 2 and not fake.jobs  # 503 may pass, 422 does not
 
 
 def test_what_is_refused_for_good_is_not_asked_again(fake: Fake, image: Path) -> None:

@@ -264,7 +264,7 @@ def _add_jobs(app: FastAPI, get_service: Callable[[], Service]) -> None:
         "/v1/jobs",
         tags=["images"],
         status_code=202,
-        responses=refusals(400, 401, 403, 408, 413, 415, 422, 429, 503),
+        responses=refusals(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
         openapi_extra=_BODY,
     )
     async def begin(request: Request, response: Response, model: Named = None, version: Versioned = None) -> JobState:
@@ -272,11 +272,8 @@ def _add_jobs(app: FastAPI, get_service: Callable[[], Service]) -> None:
         service = get_service()
         key = await _key(service, request, "predict", counted=True)
         asked = await _take_in(service, request, key, model, version)
-        try:
-            token = await asyncio.to_thread(service.start_later, asked)
-        except BaseException:
-            shutil.rmtree(asked.folder, ignore_errors=True)
-            raise
+        # Shielded: a client that goes away doesn't take the image from the thread that begins its job.
+        token = await asyncio.shield(asyncio.to_thread(service.start_later, asked))
         response.headers["Location"] = f"/v1/jobs/{token}"
         return await state(service, key, token)
 

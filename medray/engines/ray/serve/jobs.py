@@ -3,6 +3,7 @@
     state/jobs/<id>.json     who asked, what, how far it is; rewritten as it goes on
     state/jobs/<id>.lock     held by the process that computes it, so that another can tell a lost job from a long one
     state/jobs/<id>.answer   what was answered
+    state/jobs/<id>.gone     it was removed while it ran: what it comes to is not written down
 
 Every replica that shares the folder can tell of every job.
 """
@@ -53,22 +54,25 @@ class Jobs:
             idempotency: the client's key: a repeated request finds the job that the first one began.
 
         Raises:
-            RefusedError: 422, the Idempotency-Key was another request's.
+            RefusedError: 422, the Idempotency-Key was another request's; 409, it is just being begun or ended.
         """
-        self._sweep()
         token = secrets.token_hex(16)
         if idempotency is not None:
             token = hashlib.sha256(f"{who}\0{idempotency}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        lock = os.open(self._folder / f"{token}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock, held = self._take(token)
         try:
-            held = _lock(lock)
             known = self._read(token)
             if known is not None and known["asked"] != asked:
                 raise key_reused()
+            if not held and (known is None or known["state"] != "running"):
+                # It begins, ends or is looked at in this moment.
+                raise RefusedError(409, "in-flight", "this job is being begun or ended; ask again", retry_after=1)
             # One that failed or was lost is computed anew, as a repeated prediction is.
-            if not held or (known is not None and known["state"] == "done"):
+            is_done = known is not None and known["state"] == "done" and (self._folder / f"{token}.answer").exists()
+            if not held or is_done:
                 os.close(lock)
                 return token, None
+            (self._folder / f"{token}.gone").unlink(missing_ok=True)
             return token, Running(self._folder, token, lock, who=who, asked=asked)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -126,16 +130,33 @@ class Jobs:
             RefusedError: 404, there is no such job.
         """
         self.state(who, token)
+        if not self._is_free(token):
+            (self._folder / f"{token}.gone").touch(mode=0o600)
         for suffix in ("json", "answer"):
             (self._folder / f"{token}.{suffix}").unlink(missing_ok=True)
 
     def _read(self, token: str) -> dict[str, Any] | None:
         if not _ID.fullmatch(token):
             return None
+        path = self._folder / f"{token}.json"
         try:
-            return json.loads((self._folder / f"{token}.json").read_text(encoding="utf-8"))
+            old = time.time() - path.stat().st_mtime > self._seconds
+            document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return None if old and document["state"] != "running" else document
+
+    def _take(self, token: str) -> tuple[int, bool]:
+        """The lock's descriptor, and whether it is held now. One that was swept meanwhile is made anew."""
+        path = self._folder / f"{token}.lock"
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if not _lock(lock):
+                return lock, False
+            with contextlib.suppress(OSError):
+                if os.fstat(lock).st_ino == path.stat().st_ino:
+                    return lock, True
+            os.close(lock)
 
     def _is_free(self, token: str) -> bool:
         try:
@@ -147,16 +168,24 @@ class Jobs:
         finally:
             os.close(descriptor)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Remove what has ended and is older than it is kept; called over and over."""
         now = time.time()
         if now - self._swept < min(_SWEEP_SECONDS, self._seconds):
             return
         self._swept = now
+        newest: dict[str, float] = {}
         for path in self._folder.iterdir():
             with contextlib.suppress(OSError):
-                old = now - path.stat().st_mtime > self._seconds
-                if old and (path.suffix == ".answer" or self._is_free(path.stem)):
-                    path.unlink()
+                newest[path.stem] = max(newest.get(path.stem, 0.0), path.stat().st_mtime)
+        for token in (token for token, changed in newest.items() if now - changed > self._seconds):
+            with contextlib.suppress(OSError):
+                lock, held = self._take(token)
+                try:
+                    for path in self._folder.glob(f"{token}.*") if held and _ID.fullmatch(token) else ():
+                        path.unlink(missing_ok=True)
+                finally:
+                    os.close(lock)
 
 
 class Running:
@@ -176,7 +205,7 @@ class Running:
     def tell(self, fraction: float) -> None:
         """How far it is, 0 to 1; written down twice a second at most."""
         now = time.monotonic()
-        if now - self._told < _TELL_SECONDS or not self._path.exists():  # forgotten: it shall not come back
+        if now - self._told < _TELL_SECONDS:
             return
         self._told = now
         self._document["progress"] = round(min(max(fraction, 0.0), 1.0), 4)
@@ -185,22 +214,19 @@ class Running:
 
     def done(self, answer: Kept) -> None:
         """Keep the answer; a disk that can't becomes the job's error."""
-        if self._path.exists():
-            head = {"status": answer.status, "headers": dict(answer.headers)}
-            try:
-                with appearing(self._folder / f"{self.id}.answer") as partial:
-                    partial.write_bytes(json.dumps(head).encode() + b"\n" + answer.body)
-            except OSError:
-                self.failed(RefusedError(503, "no-space", "there was no room for the answer; send the image again"))
-                return
-            self._end(state="done", progress=1.0)
+        head = {"status": answer.status, "headers": dict(answer.headers)}
+        try:
+            with appearing(self._folder / f"{self.id}.answer") as partial:
+                partial.write_bytes(json.dumps(head).encode() + b"\n" + answer.body)
+        except OSError:
+            self.failed(RefusedError(503, "no-space", "there was no room for the answer; send the image again"))
+            return
+        self._end(state="done", progress=1.0)
         self._let_go()
 
     def failed(self, error: RefusedError) -> None:
         """Keep why there is no answer."""
-        if self._path.exists():
-            told = {"status": error.status, "reason": error.reason, "message": error.message}
-            self._end(state="failed", error=told)
+        self._end(state="failed", error={"status": error.status, "reason": error.reason, "message": error.message})
         self._let_go()
 
     @property
@@ -215,6 +241,9 @@ class Running:
     def _write(self) -> None:
         with appearing(self._path) as partial:
             partial.write_text(json.dumps(self._document), encoding="utf-8")
+        if (self._folder / f"{self.id}.gone").exists():  # looked at last: whichever comes first, it is removed
+            for suffix in ("json", "answer"):
+                (self._folder / f"{self.id}.{suffix}").unlink(missing_ok=True)
 
     def drop(self) -> None:
         """Have it never been: it could not be begun."""

@@ -143,7 +143,7 @@ class Answers:
         Raises:
             RefusedError: 409, the first request with it is still being answered; 422, it was another request's.
         """
-        self._sweep()
+        self.sweep()
         name = hashlib.sha256(f"{who}\0{key}".encode("utf-8", "surrogatepass")).hexdigest()
         path = self._folder / name
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -157,7 +157,8 @@ class Answers:
         finally:
             os.close(descriptor)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Remove what is older than it is kept; called over and over."""
         now = time.time()
         if now - self._swept < min(_SWEEP_SECONDS, self._seconds):
             return

@@ -106,6 +106,7 @@ class Service:
         self.ring = KeyRing(None if keys is None else Path(keys), self._keys_refused)
         self.limits = config.limits
         self.predictions = Admission(config.limits.waiting)
+        self._later = Admission(max(1, config.limits.waiting // 2))  # of jobs: others wait in front of the server
         self.uploads = Admission(8 * config.limits.waiting)
         self._per_minute = config.security.requests_per_minute
         self._executor = ThreadPoolExecutor(min(_MOST_THREADS, config.limits.waiting), thread_name_prefix="prediction")
@@ -120,6 +121,8 @@ class Service:
 
     def refresh(self) -> None:
         """Look at the configuration and its bundles; called over and over, from a thread."""
+        self.jobs.sweep()
+        self._answers.sweep()
         before = self.fleet.error
         if self.fleet.follow():
             logs.event("serving-changed", versions=[f"{one.model} {one.version}" for one in self.versions()])
@@ -200,18 +203,33 @@ class Service:
         """Have a job answered while its client goes its way; its id in :attr:`jobs`.
 
         Raises:
-            RefusedError: 422, its Idempotency-Key was another request's; 429, too many wait.
+            RefusedError: 422, its Idempotency-Key was another request's; 409, the first is just beginning or ending;
+                429, too many wait.
         """
-        token, running = self.jobs.begin(job.key.id, job.asked, job.idempotency)
-        if running is None:
-            shutil.rmtree(job.folder, ignore_errors=True)
-            return token
+        running = None
         try:
-            future: Future[Kept] = self.start(replace(job, idempotency=None, tell=running.tell))
+            token, running = self.jobs.begin(job.key.id, job.asked, job.idempotency)
+            if running is None:
+                shutil.rmtree(job.folder, ignore_errors=True)
+                return token
+            place = self._later.admitted()
+            place.__enter__()
+            try:
+                future: Future[Kept] = self.start(replace(job, idempotency=None, tell=running.tell))
+            except BaseException:
+                place.__exit__(None, None, None)
+                raise
         except BaseException:
-            running.drop()
+            shutil.rmtree(job.folder, ignore_errors=True)
+            if running is not None:
+                running.drop()
             raise
-        future.add_done_callback(lambda ended: _keep(running, ended))
+
+        def ended(future: Future[Kept], running: Running = running) -> None:
+            place.__exit__(None, None, None)
+            _keep(running, future)
+
+        future.add_done_callback(ended)
         return token
 
     def _work(self, job: Job, place: Any) -> Kept:

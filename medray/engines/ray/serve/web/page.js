@@ -1,5 +1,5 @@
 // The page of the server: an image in, its answer and what was found to look at. It asks this server alone.
-import { layout, readNifti } from "./nifti.js";
+import { fullness, layout, MARKS, readNifti } from "./nifti.js";
 
 const COLOURS = ["#ef4444", "#22c55e", "#3b82f6", "#eab308", "#a855f7", "#06b6d4", "#f97316", "#ec4899"];
 const $ = (id) => document.getElementById(id);
@@ -11,7 +11,7 @@ class Refused extends Error {}
 async function ask(path, body, accept) {
   const key = $("key").value.trim();
   const headers = { Accept: accept, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  if (body) Object.assign(headers, { "Content-Type": "application/octet-stream", "Idempotency-Key": crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}` });
+  if (body) headers["Content-Type"] = "application/octet-stream";
   let answer;
   try {
     answer = await fetch(path, { method: body ? "POST" : "GET", headers, body });
@@ -50,13 +50,15 @@ async function answerTo(image) {
     const found = await (await ask(`v1/predict${query()}`, image, "application/json")).json();
     if (mine !== turn) return;
     tell(found);
-    const view = await look(image, model, found);
-    if (mine !== turn) return;
     if (shown?.link) URL.revokeObjectURL(shown.link);
-    shown = { image, ...view };
-    draw(true);
+    shown = { image, picture: null };
+    draw();
     $("explain").hidden = found.task === "segmentation";
     $("found").hidden = false;
+    const view = await look(image, model, found);
+    if (mine !== turn) return;
+    shown = { image, ...view };
+    draw(true);
     say(image.name);
   } catch (error) {
     if (mine === turn) say(error instanceof Refused ? error.message : `The page met an error: ${error.message}`, true);
@@ -69,7 +71,9 @@ async function look(image, model, found) {
   if (found.task === "segmentation") {
     if (scan) {
       const file = await (await ask(`v1/predict${query()}`, image, "application/nifti")).blob();
-      return { scan, mask: await readNifti(file), range: rangeOf(scan), link: URL.createObjectURL(file) };
+      const mask = await readNifti(file);
+      if (mask) scan.affine = mask.affine;  // the same grid, as the server read it
+      return { scan, mask, counts: mask && fullness(mask), range: rangeOf(scan), link: URL.createObjectURL(file) };
     }
     return { picture: await (await ask(`v1/predict${query()}`, image, "image/png")).blob() };
   }
@@ -125,10 +129,12 @@ function draw(fresh = false) {
     URL.revokeObjectURL($("picture").src);
     $("picture").src = URL.createObjectURL(picture);
   }
+  for (const mark of document.querySelectorAll(".mark")) mark.hidden = !scan;
   if (!scan) return;
   const plane = layout(scan, Number($("plane").value));
+  [...document.querySelectorAll(".mark")].forEach((mark, n) => { mark.textContent = MARKS[Number($("plane").value)][n]; });
   $("slice").max = plane.depth - 1;
-  if (fresh) $("slice").value = mask ? fullest(plane, mask) : Math.floor(plane.depth / 2);
+  if (fresh) $("slice").value = mask ? fullest(plane.along(shown.counts)) : Math.floor(plane.depth / 2);
   const z = Number($("slice").value);
   $("at").textContent = `${z + 1} of ${plane.depth}`;
   const canvas = $("canvas");
@@ -151,14 +157,9 @@ function draw(fresh = false) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-function fullest(plane, mask) {
-  let best = Math.floor(plane.depth / 2), most = 0;
-  for (let z = 0; z < plane.depth; z++) {
-    let count = 0;
-    for (let y = 0; y < plane.height; y++) for (let x = 0; x < plane.width; x++) count += mask.at(...plane.voxel(x, y, z)) > 0;
-    if (count > most) [best, most] = [z, count];
-  }
-  return best;
+function fullest(counts) {
+  const most = Math.max(...counts);
+  return most ? counts.indexOf(most) : Math.floor(counts.length / 2);
 }
 
 async function explain() {
@@ -170,7 +171,7 @@ async function explain() {
     if (mine !== turn) return;
     shown = { ...shown, scan: null, mask: null, picture };
     draw();
-    say(`Where the network looked for "${answer.headers.get("Medray-Target")}" (${answer.headers.get("Medray-Method")})`);
+    say(`Where the network looked for "${decodeURIComponent(answer.headers.get("Medray-Target"))}" (${answer.headers.get("Medray-Method")})`);
   } catch (error) {
     say(error.message, true);
   } finally {

@@ -97,6 +97,22 @@ def test_a_job_whose_process_was_killed_is_lost_and_can_be_begun_again(tmp_path:
     running.drop()
 
 
+def test_a_job_that_is_removed_while_it_runs_does_not_come_back(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, 60)
+    token, running = jobs.begin("anna", "hash", "k")
+    assert running is not None
+    jobs.forget("anna", token)
+    assert status_of(lambda: jobs.begin("anna", "hash", "k")) == 409  # it is not lost, and not another's either
+    running.tell(0.5)
+    running.done(ANSWER)
+    assert status_of(lambda: jobs.state("anna", token)) == 404
+    assert not list(tmp_path.glob(f"{token}.json")) and not list(tmp_path.glob(f"{token}.answer"))
+    again, anew = jobs.begin("anna", "hash", "k")
+    assert again == token and anew is not None
+    anew.done(ANSWER)
+    assert jobs.answer("anna", token) == ANSWER
+
+
 def test_ended_jobs_go_when_their_time_is_over_and_running_ones_stay(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, 60)
     old, running = jobs.begin("anna", "hash", None)
@@ -105,7 +121,8 @@ def test_ended_jobs_go_when_their_time_is_over_and_running_ones_stay(tmp_path: P
     running.done(ANSWER)
     for path in tmp_path.iterdir():
         os.utime(path, (time.time() - 100, time.time() - 100))
-    Jobs(tmp_path, 60).begin("anna", "hash", None)
+    assert status_of(lambda: jobs.state("anna", old)) == 404  # before it is swept, too
+    Jobs(tmp_path, 60).sweep()
     assert status_of(lambda: jobs.state("anna", old)) == 404 and not list(tmp_path.glob(f"{old}*"))
     assert jobs.state("anna", long)["state"] == "running"
     still.drop()
