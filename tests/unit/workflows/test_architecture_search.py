@@ -105,6 +105,17 @@ def test_the_shipped_spaces_fit_the_data_that_they_are_for(recipes, repository, 
     assert sorted(composed.study.objectives) in ([], ["latency_ms", "val/auc"], ["latency_ms", "val/dice"])
 
 
+@pytest.mark.parametrize("file", ["nas_darts", "nas_enas"])
+def test_a_default_without_a_width_of_its_own_is_no_obstacle(recipes, repository, file):
+    """Larger images, volumes and GPUs get a ResNet as trial 0, which has no feature_size."""
+    composed = compose(repository / "search_spaces" / f"{file}.yaml", [])
+    recipe = replace(recipes["classification"], explicit={"model": {"name": "resnet18"}})
+    names = [stand_in(recipe.manifest, composed.study.nas).name]
+    space = Space.parse(filled(composed.space, names))
+    space.validate(recipe.experiment)
+    assert "model.feature_size" in space.active({"model.name": names[0], "model.feature_size": 8})
+
+
 # What the search sees ------------------------------------------------------------------------------------------------
 
 
