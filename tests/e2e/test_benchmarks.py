@@ -29,7 +29,18 @@ ELSEWHERE = {"crash", "faults"}
 
 LONG = {
     *("ablation", "baseline", "budget", "checkpointing", "compress", "constraints", "ddp", "drive", "fed_heart"),
-    *("fed_speed", "hostile_http", "int8", "loader", "multi_objective", "nas", "overhead", "runtimes", "serve"),
+    *(
+        "fed_speed",
+        "hostile_http",
+        "int8",
+        "loader",
+        "multi_objective",
+        "nas",
+        "overhead",
+        "replay",
+        "runtimes",
+        "serve",
+    ),
 }
 """What they measure is tested elsewhere in seconds: by the workflows' own tests, and in integration/."""
 
