@@ -180,12 +180,18 @@ class Jobs:
                 newest[path.stem] = max(newest.get(path.stem, 0.0), path.stat().st_mtime)
         for token in (token for token, changed in newest.items() if now - changed > self._seconds):
             with contextlib.suppress(OSError):
-                lock, held = self._take(token)
-                try:
-                    for path in self._folder.glob(f"{token}.*") if held and _ID.fullmatch(token) else ():
-                        path.unlink(missing_ok=True)
-                finally:
-                    os.close(lock)
+                self._remove(token)
+
+    def _remove(self, token: str) -> None:
+        """All of a job that doesn't run; or a file that a process which died had begun."""
+        lock, held = self._take(token) if _ID.fullmatch(token) else (-1, True)
+        try:
+            for path in self._folder.iterdir() if held else ():
+                if path.stem == token:
+                    path.unlink(missing_ok=True)
+        finally:
+            if lock >= 0:
+                os.close(lock)
 
 
 class Running:
