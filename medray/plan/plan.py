@@ -233,11 +233,11 @@ def _segmentation_batch(
     short = horizon < PATIENT
     # A U-Net keeps about 40 maps of its first width for backward, all levels counted, at 4 bytes.
     per_sample = math.prod(patch) * width * 40 * 4
-    sensible = (
-        ((4 if short else 8) if fingerprint.ndim == 2 else 2)
-        if machine.device == "cpu"
-        else (32 if fingerprint.ndim == 2 else 8)
-    )
+    planar = fingerprint.ndim == 2
+    if machine.device == "cpu":
+        sensible = (4 if short else 8) if planar else 2
+    else:
+        sensible = 32 if planar else 8
     return _fitting(min(sensible, max(1, fingerprint.cases)), per_sample, machine)
 
 
