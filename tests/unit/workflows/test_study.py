@@ -264,3 +264,23 @@ def test_a_trial_asks_for_no_more_than_one_machine_has(
     study.workers = 1
     study.asked = SimpleNamespace(study=SimpleNamespace(concurrency=concurrency))
     assert study._shares(session) == shares
+
+
+def test_what_was_fitted_before_stands_behind_the_default(tmp_path: Path) -> None:
+    """Of a study that goes on with another rule: the gain is stated over the first finalist."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from medray.workflows.study import _Study
+
+    for name in ("default", "trial-3", "trial-3-twin-1"):
+        (tmp_path / "final" / name).mkdir(parents=True)
+    study = object.__new__(_Study)
+    study.directory, study.searched, study.workers = tmp_path, (), 1
+    vars(study).update(
+        chooser=SimpleNamespace(is_plain=False), clock=SimpleNamespace(stage=lambda _: nullcontext()),
+        asked=SimpleNamespace(study=SimpleNamespace(ensemble=False)), _pick=lambda _: None, _finish_seconds=lambda _: 0.0,
+        _finalist=lambda name: name if (tmp_path / "final" / name).is_dir() else None,
+    )  # fmt: skip
+    found = study._final([], SimpleNamespace(gpus=0))  # type: ignore[arg-type]
+    assert [name for name, _ in found] == ["default", "trial-3"]
