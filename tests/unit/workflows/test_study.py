@@ -279,7 +279,8 @@ def test_what_was_fitted_before_stands_behind_the_default(tmp_path: Path) -> Non
     study.directory, study.searched, study.workers = tmp_path, (), 1
     vars(study).update(
         chooser=SimpleNamespace(is_plain=False), clock=SimpleNamespace(stage=lambda _: nullcontext()),
-        asked=SimpleNamespace(study=SimpleNamespace(ensemble=False)), _pick=lambda _: None, _finish_seconds=lambda _: 0.0,
+        asked=SimpleNamespace(study=SimpleNamespace(ensemble=False)), _pick=lambda _: None,
+        _finish_seconds=lambda _: 0.0,
         _finalist=lambda name: name if (tmp_path / "final" / name).is_dir() else None,
     )  # fmt: skip
     found = study._final([], SimpleNamespace(gpus=0))  # type: ignore[arg-type]
