@@ -5,7 +5,8 @@ timed, one validation is timed, and the plan of steps is then fixed, so that the
 after ``train.epochs`` where those take less. It is corrected later only
 
 - down, when the run would overrun what is left of its time by more than 5 % (another program came in);
-- up, in the first half, when more than 8 % of the time would be left over (another program had gone).
+- up, when more than 8 % of the time would be left over (another program had gone). Late in a run the learning rate
+  then rises once more before it falls: a warm restart, which the best weights so far outlive where it brings nothing.
 
 The plan and its corrections are part of the checkpoint: a resumed run follows the same. Timed decisions can't be the
 same from run to run; ``train.epochs`` with ``train.deterministic`` takes none.
@@ -116,7 +117,7 @@ class Pace:
             return
         needed = (self.total - step) * rate + sum(at > step for at in self.validate_at) * validation
         over = needed > left * (1 + OVERRUN) and step < self.total
-        under = step < self.total / 2 and self.total < self.most and left - needed > SPARE * self.budget
+        under = step < min(self.total, self.most) and left - needed > SPARE * self.budget
         if over or under:
             before = self.total
             self._plan(step, left, rate, validation)

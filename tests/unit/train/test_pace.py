@@ -46,9 +46,7 @@ def test_the_budget_is_kept(step: float, validation: float) -> None:
 @pytest.mark.parametrize("slower_at", [30.0, 100.0, 250.0])
 def test_it_is_corrected_when_the_machine_changes(factor: float, slower_at: float) -> None:
     pace, clock, _ = simulate(300.0, 0.1, 2.0, slower_at=slower_at, factor=factor)
-    assert clock <= 300 * 1.05
-    if factor > 1 or slower_at < 100:
-        assert pace.corrections and clock > 300 * 0.9
+    assert pace.corrections and 300 * 0.9 < clock <= 300 * 1.05
 
 
 def test_a_budget_shorter_than_a_step_trains_one() -> None:
