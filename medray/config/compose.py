@@ -29,6 +29,8 @@ from medray.errors import ConfigError
 
 CONF = Path(__file__).parent / "conf"
 _HYDRA = threading.Lock()  # Hydra's state is one per process
+TASK = "task"
+"""The config group without files: ``task=NAME`` is short for ``task.kind=NAME``, which whoever has the tasks checks."""
 
 Tree = dict[str, Any]
 Model = TypeVar("Model", Experiment, StudyConfig)
@@ -87,7 +89,10 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
                 raise ConfigError(f"{SOURCE}: {override.text!r}: neither a config group nor the file sets '{name}'")
             defaults = [entry for entry in defaults if entry[0] != name]
             content.pop(name, None)
-    tree = _compose_groups(defaults, content, file_name, folder)
+    named = [entry for entry in defaults if entry[0] == TASK and entry[1] not in groups[TASK]]
+    for name, option in named:
+        content = merge({name: {"kind": option}}, content)
+    tree = _compose_groups([entry for entry in defaults if entry not in named], content, file_name, folder)
     _check_keys(tree, (), "config groups")
     for override in parsed:
         if override.action == "group" or (
@@ -183,7 +188,7 @@ def _override_paths(override: Override) -> list[str]:
 
 def _groups(folder: Path | None) -> dict[str, list[str]]:
     """Config groups at hand and their options; a group is named like the section that it fills."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {TASK: []}
     sections = [parts[0] for parts, (kind, _) in known().items() if len(parts) == 1 and kind == "section"]
     for root in filter(None, (CONF, folder)):
         for section in sections:
@@ -196,6 +201,8 @@ def _groups(folder: Path | None) -> dict[str, list[str]]:
 
 
 def _check_option(group: str, option: str, groups: Mapping[str, list[str]], source: str, folder: Path | None) -> None:
+    if group == TASK and option not in groups[group]:
+        return
     if option not in groups[group]:
         near = difflib.get_close_matches(option, groups[group], n=2)
         raise ConfigError(

@@ -13,12 +13,13 @@ from medray.bundle.ensemble import EnsembleModel
 from medray.data.image import Image, Mask
 from medray.data.manifest import IGNORE
 from medray.data.readers import read_case
+from medray.tasks.catalogue import find_task
 from medray.train.progress import FitResult
 from medray.train.runtime import LocalRuntime
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores, candidates_of, choose, difference, score
 from medray.workflows.conclusion import _sites
-from medray.workflows.judging import make_validate, measure, predictor_of, spread
+from medray.workflows.judging import make_validate, predictor_of, spread
 from medray.workflows.planning import prepare_directory
 from medray.workflows.recipe import Recipe
 from medray.workflows.results import classification_results, data_summary, segmentation_results
@@ -269,10 +270,8 @@ def test_metrics_agree_with_the_fast_way():
     for classes in (2, 3):
         share = rng.dirichlet(np.ones(classes), 40)
         targets = np.arange(40) % classes
-        from medray.workflows.judging import all_metrics
-
-        assert measure("classification", "auc", targets, share) == pytest.approx(
-            all_metrics("classification", targets, share)["auc"]
+        assert find_task("classification").measure("auc", targets, share) == pytest.approx(
+            find_task("classification").measures(targets, share)["auc"]
         )
 
 
