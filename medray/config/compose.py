@@ -76,7 +76,7 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
         check_space_key(key, file_name)
 
     origins: dict[str, str] = dict.fromkeys(_leaf_paths(content), file_name)
-    parsed = [parse_override(text, groups) for text in overrides]
+    parsed = [_named_task(parse_override(text, groups), groups) for text in overrides]
     for override in parsed:
         name = override.path[0]
         if override.action == "group":
@@ -113,6 +113,12 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
     _embed(tree, space)
     _build(Experiment, tree, (), origins, file_name)
     return Composed(explicit=tree, study=study, space=space, source_file=path, origins=origins)
+
+
+def _named_task(override: Override, groups: Mapping[str, list[str]]) -> Override:
+    if override.action == "group" and override.path == (TASK,) and override.value not in groups[TASK]:
+        return Override(action="set", path=(TASK, "kind"), value=override.value, text=override.text)
+    return override
 
 
 def _embed(tree: Tree, space: Tree) -> None:
