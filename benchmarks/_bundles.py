@@ -19,8 +19,9 @@ def trained(work: Path, name: str, source: str, tree: dict[str, Any]) -> Path:
     """
     from medray.bundle.spec import InferenceSpec
     from medray.bundle.write import write_bundle
+    from medray.tasks.catalogue import find_task
     from medray.workflows import champion
-    from medray.workflows.judging import OBJECTIVE, spread
+    from medray.workflows.judging import spread
     from medray.workflows.planning import prepare_directory
     from medray.workflows.recipe import Recipe
     from medray.workflows.training import open_store, train_model
@@ -35,7 +36,7 @@ def trained(work: Path, name: str, source: str, tree: dict[str, Any]) -> Path:
     experiment, manifest = recipe.experiment(), recipe.manifest
     network = train_model(recipe, experiment, directory / "run")
     candidate, splits = champion.Candidate(name="it", members=(network,)), recipe.splits(experiment)
-    metric = OBJECTIVE[manifest.task][0].removeprefix("val/")
+    metric = find_task(manifest.task).objective[0].removeprefix("val/")
     temperature = champion.temperature_of(
         champion.score(recipe, [candidate], spread(splits.val, 64), metric=metric)["it"]
     )

@@ -63,7 +63,7 @@ def search(name: str, source: Source, work: Path) -> Any:
     from medray.search.driver import StudyDriver
     from medray.search.past import Past, Tried
     from medray.search.space import Space
-    from medray.workflows.judging import OBJECTIVE
+    from medray.tasks.catalogue import find_task
     from medray.workflows.planning import prepare_directory
     from medray.workflows.recipe import Recipe
     from medray.workflows.trial import TrialPayload, run_trial
@@ -76,7 +76,7 @@ def search(name: str, source: Source, work: Path) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         prepare_directory(source.data.format(shared=shared_data()), folder)
     recipe = Recipe(directory=str(folder), explicit=explicit, cache=str(folder / "cache"))
-    objective, direction = OBJECTIVE[recipe.manifest.task]
+    objective, direction = find_task(recipe.manifest.task).objective
     tree = recipe.experiment().model_dump(mode="json")
     default = {parameter.path: _field(tree, parameter.path) for parameter in space}
     config = StudyConfig(trials=TRIALS, pruner="asha")

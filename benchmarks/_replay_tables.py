@@ -298,15 +298,15 @@ def _train(recipe: Any, params: Mapping[str, Any], objective: str) -> tuple[list
 
     from medray.data.loader import train_loader
     from medray.errors import NonFiniteLossError
-    from medray.learn.losses import build_loss
+    from medray.tasks.catalogue import build_loss
     from medray.train.fit import fit
     from medray.train.progress import Progress
     from medray.train.runtime import LocalRuntime
     from medray.workflows.judging import make_validate
-    from medray.workflows.training import new_model, open_store, outputs
+    from medray.workflows.training import new_model, open_store
 
     experiment, manifest = recipe.experiment(params), recipe.manifest
-    kind, classes, splits = manifest.task, outputs(manifest), recipe.splits(experiment)
+    kind, classes, splits = manifest.task, len(manifest.classes), recipe.splits(experiment)
     store, runtime = open_store(recipe, experiment), LocalRuntime(torch.device("cpu"))
     validate = make_validate(store, splits.val, experiment, kind=kind, num_classes=classes, runtime=runtime)
     seconds: list[float] = []

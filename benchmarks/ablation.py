@@ -201,9 +201,9 @@ class _Bench:
 
     def measure(self, rows: Rows) -> float:
         """The metric of some cases."""
-        from medray.workflows.judging import measure
+        from medray.tasks.catalogue import find_task
 
-        return measure(self.recipe.manifest.task, self.case.metric, *rows)
+        return find_task(self.recipe.manifest.task).measure(self.case.metric, *rows)
 
     def _weights(self) -> Path:
         """Of the default's network, trained on other data for as long."""

@@ -208,8 +208,8 @@ def _stepper(model: Any, kind: Any, precision: Any, first: Callable[[Any], None]
     import torch
 
     from medray.config.schema import LossConfig, OptimConfig
-    from medray.learn.losses import build_loss
     from medray.learn.optimizers import build_optimizer
+    from medray.tasks.catalogue import build_loss
     from medray.train.runtime import LocalRuntime
     from medray.train.step import Stepper
 

@@ -190,9 +190,9 @@ def _plain(work: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from medray.config.schema import Experiment
-    from medray.learn.losses import build_loss
     from medray.learn.optimizers import build_optimizer
     from medray.models.catalogue import build_model
+    from medray.tasks.catalogue import build_loss
     from medray.train.precision import autocast, lay_out, memory_format, resolve_precision
 
     torch.set_num_threads(1)

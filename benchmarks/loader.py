@@ -39,11 +39,11 @@ from medray.data.manifest import Manifest
 from medray.data.phantoms.files import write_phantom
 from medray.data.splits import make_splits
 from medray.learn.intervals import bootstrap
-from medray.learn.losses import build_loss
 from medray.learn.optimizers import build_optimizer
 from medray.models.catalogue import build_model
 from medray.plan.machine import Machine
 from medray.plan.plan import plan
+from medray.tasks.catalogue import build_loss
 from medray.train.precision import lay_out, resolve_precision
 from medray.train.runtime import LocalRuntime
 from medray.train.step import Stepper

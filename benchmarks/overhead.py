@@ -204,8 +204,8 @@ def _loop(work: Path, trials: int, epochs: int, threads: int) -> None:
     import torch
 
     from medray.config.schema import LossConfig, ModelConfig
-    from medray.learn.losses import build_loss
     from medray.models.catalogue import build_model
+    from medray.tasks.catalogue import build_loss
     from medray.train.precision import autocast, lay_out, memory_format, resolve_precision
 
     torch.set_num_threads(threads)
@@ -273,7 +273,7 @@ def _prepare(setting: Setting, work: Path) -> Recipe:
     from medray.data.manifest import IGNORE
     from medray.workflows.planning import prepare_directory
     from medray.workflows.recipe import Recipe
-    from medray.workflows.training import open_store, outputs
+    from medray.workflows.training import open_store
 
     directory = work / "data"
     prepare_directory(setting.source, directory)
@@ -299,7 +299,7 @@ def _prepare(setting: Setting, work: Path) -> Recipe:
         "samples_per_case": experiment.train.samples_per_case,
         "train": list(splits.train),
         "val": list(splits.val),
-        "classes": outputs(recipe.manifest),
+        "classes": len(recipe.manifest.classes),
         "model": experiment.model.model_dump(mode="json"),
         "loss": experiment.loss.model_dump(mode="json"),
         "validate_every": 1,
@@ -326,7 +326,7 @@ def _fixed(recipe: Recipe, epochs: int) -> dict[str, Any]:
 
 def _check_length(recipe: Recipe, steps_per_epoch: int) -> None:
     from medray.data.loader import train_loader
-    from medray.workflows.training import open_store, outputs
+    from medray.workflows.training import open_store
 
     experiment = recipe.experiment()
     loader = train_loader(
@@ -334,7 +334,7 @@ def _check_length(recipe: Recipe, steps_per_epoch: int) -> None:
         recipe.splits(experiment).train,
         experiment,
         kind=recipe.manifest.task,
-        num_classes=outputs(recipe.manifest),
+        num_classes=len(recipe.manifest.classes),
     )
     if len(loader) != steps_per_epoch:
         raise RuntimeError(f"medray's epoch has {len(loader)} steps, the bare loop's {steps_per_epoch}")

@@ -107,8 +107,8 @@ def _ours(patch: tuple[int, ...]) -> Callable[[Any, Any], object]:
     import torch
 
     from medray.config.schema import LossConfig, OptimConfig
-    from medray.learn.losses import build_loss
     from medray.learn.optimizers import build_optimizer
+    from medray.tasks.catalogue import build_loss
     from medray.train.precision import lay_out, resolve_precision
     from medray.train.runtime import LocalRuntime
     from medray.train.step import Stepper
@@ -136,7 +136,7 @@ def _plain(patch: tuple[int, ...], *, dynunet: bool) -> Callable[[Any, Any], obj
     import torch
 
     from medray.config.schema import LossConfig
-    from medray.learn.losses import build_loss
+    from medray.tasks.catalogue import build_loss
 
     if dynunet:
         from monai.networks.nets import DynUNet

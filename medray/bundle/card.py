@@ -8,12 +8,6 @@ from medray.bundle.spec import BundleSpec
 from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 
-_TASKS = {
-    "classification": "one class for an image",
-    "multilabel": "several labels for an image",
-    "segmentation": "a class for each pixel or voxel",
-}
-
 
 def render_card(
     spec: BundleSpec,
@@ -46,7 +40,7 @@ def render_card(
         "",
         "## Model details",
         "",
-        f"- Task: {spec.kind}, {_TASKS[spec.kind]}; {spec.ndim}-D, {spec.channels} channel(s), {spec.modality}",
+        f"- Task: {spec.kind}, {spec.task.description}; {spec.ndim}-D, {spec.channels} channel(s), {spec.modality}",
         f"- Classes: {', '.join(_text(name) for name in spec.classes)}",
         f"- Network: {network}",
         f"- Written: {spec.created} with "

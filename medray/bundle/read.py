@@ -30,7 +30,7 @@ from medray.errors import BundleError, DataError, MedrayError, ModelError
 from medray.models.catalogue import build_model
 from medray.models.narrow import narrow_to
 from medray.predict.calibration import temper
-from medray.predict.postprocess import decide, keep_largest
+from medray.predict.postprocess import keep_largest
 from medray.predict.predictor import Floats, Precision, Predictor, probabilities
 from medray.predict.sliding import classify, segment, segment_labels
 
@@ -47,8 +47,8 @@ class Prediction:
 
     Attributes:
         labels: segmentation: (*s) uint8 on the image's own grid (``Image.array``'s axes); else None.
-        probabilities: classification: (K,) calibrated; segmentation: (K, *s) where asked for, else None.
-        decisions: classification: the class index; multilabel: the labels (indices) at or over their thresholds.
+        probabilities: (K,) calibrated; segmentation: (K, *s) where asked for, else None.
+        decisions: the index of the class; of several labels those at or over their thresholds; none of a segmentation.
         seconds: of ``prepare``, ``network`` and ``finish``.
     """
 
@@ -104,7 +104,7 @@ class Bundle:
                 kind=spec.kind,
                 ndim=spec.ndim,
                 in_channels=spec.channels,
-                num_outputs=len(spec.classes),
+                num_outputs=spec.outputs,
                 patch_size=spec.inference.patch_size or spec.preprocess.size,
             )
             path = locate(self.directory, name)
@@ -121,7 +121,7 @@ class Bundle:
         return combine(members, spec.kind, spec.weights, "vote" if spec.vote else "mean")
 
     def golden(self) -> tuple[Floats, Floats]:
-        """Golden inputs (N, C, *s) and torch's fp32 logits for them (N, K[, *s]).
+        """Golden inputs (N, C, *s) and torch's fp32 logits for them (N, O[, *s]).
 
         Raises:
             BundleError: absent or of the wrong shape.
@@ -135,7 +135,7 @@ class Bundle:
             inputs, logits = tensors["input"], tensors["logits"]
         except (SafetensorError, KeyError, ValueError) as error:
             raise BundleError(f"{path}: no golden inputs and logits ({error}). Write the bundle anew") from None
-        want = (len(inputs), len(self.spec.classes), *(inputs.shape[2:] if self.spec.kind == "segmentation" else ()))
+        want = (len(inputs), self.spec.outputs, *(inputs.shape[2:] if self.spec.task.dense else ()))
         if inputs.ndim != self.spec.ndim + 2 or not len(inputs) or logits.shape != want:
             raise BundleError(f"{path}: golden arrays of shapes {inputs.shape}, {logits.shape}. Write the bundle anew")
         return inputs.astype(np.float32), logits.astype(np.float32)
@@ -241,7 +241,7 @@ class Bundle:
         begin = time.perf_counter()
         array, geometry = self.prepare(image)
         prepared = time.perf_counter()
-        if self.spec.kind == "segmentation":
+        if self.spec.task.dense:
             labels, probability, network = self._segment(engine, array, geometry, with_probabilities)
             end = time.perf_counter()
             seconds = {"prepare": prepared - begin, "network": network, "finish": end - prepared - network}
@@ -249,11 +249,8 @@ class Bundle:
         logits = classify(engine, array[None], flip_axes=self.spec.inference.flip_axes)
         ran = time.perf_counter()
         calibrated = probabilities(logits, self.spec.kind, self.spec.temperature)[0]
-        if self.spec.kind == "multilabel":
-            chosen = decide(calibrated, self.spec.thresholds or (0.5,) * len(calibrated))
-            decisions = tuple(int(index) for index in np.flatnonzero(chosen))
-        else:
-            decisions = (int(calibrated.argmax()),)
+        (decided,) = self.spec.task.decide(calibrated[None], self.spec.thresholds)
+        decisions = tuple(int(index) for index in (np.flatnonzero(decided) if decided.ndim else [decided]))
         seconds = {"prepare": prepared - begin, "network": ran - prepared, "finish": time.perf_counter() - ran}
         return Prediction(labels=None, probabilities=calibrated, decisions=decisions, seconds=seconds)
 

@@ -11,8 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from medray.config.schema import ModelConfig, PreprocessConfig
 from medray.data.image import Modality
-from medray.data.manifest import TaskKind
 from medray.errors import BundleError
+from medray.tasks.catalogue import TaskKind, find_task
+from medray.tasks.task import Task
 
 INTENDED_USE = "Research use only. Not a medical device."
 MANIFEST_NAME = "bundle.json"
@@ -70,7 +71,7 @@ class BundleSpec(_Part):
     inference: InferenceSpec = InferenceSpec()
     temperature: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False, description="divides the logits")
     thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
-        None, description="one a label (multilabel)"
+        None, description="one a label, where there are several"
     )
     members: tuple[ModelConfig, ...] = Field(
         min_length=1, max_length=64, description="an ensemble averages their probabilities"
@@ -105,23 +106,35 @@ class BundleSpec(_Part):
                 raise ValueError(f"{name} has {len(value)} numbers for {self.ndim} spatial axes")
         if any(axis >= self.ndim for axis in self.inference.flip_axes):
             raise ValueError(f"inference.flip_axes {self.inference.flip_axes} must be below ndim={self.ndim}")
-        if (self.thresholds is not None) and (self.kind != "multilabel" or len(self.thresholds) != len(self.classes)):
-            raise ValueError("thresholds belong to multilabel bundles, one for each class")
+        task = self.task
+        if (self.thresholds is not None) and (not task.thresholds or len(self.thresholds) != len(self.classes)):
+            raise ValueError("thresholds belong to bundles of several labels, one for each")
         if self.weights is not None and (
             len(self.weights) != len(self.members) or abs(sum(self.weights) - 1) > 1e-3 or self.vote
         ):
             raise ValueError("weights belong to averages: one for each member, of sum 1")
-        if self.vote and self.kind == "segmentation":
+        if self.vote and task.dense:
             raise ValueError("a segmentation is put together from windows, of which each would vote apart")
         if self.pruned is not None and len(self.members) != 1:
             raise ValueError("a pruned bundle has one member")
-        if self.kind == "segmentation" and len(self.classes) > 255:
+        if task.dense and len(self.classes) > 255:
             raise ValueError(f"{len(self.classes)} classes; a label map holds at most 255 (255 itself means ignore)")
-        if self.kind != "multilabel" and len(self.classes) < 2:
+        if len(self.classes) < task.fewest_classes:
             raise ValueError(
-                f"{self.kind} needs at least two classes, background counted; there is {len(self.classes)}"
+                f"{self.kind} needs at least {task.fewest_classes} classes, background counted; there is "
+                f"{len(self.classes)}"
             )
         return self
+
+    @property
+    def task(self) -> Task:
+        """What the bundle answers."""
+        return find_task(self.kind)
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the logits."""
+        return self.task.outputs(len(self.classes))
 
     @property
     def weight_files(self) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medray.data.manifest import TaskKind
 from medray.errors import BundleError
 from medray.predict.predictor import Floats, Predictor, probabilities
+from medray.tasks.catalogue import find_task
 
 LOGITS = 1e-3
 ALIKE = 0.995
@@ -39,8 +39,8 @@ class Parity:
     met: bool
 
 
-def compare(runtime: str, precision: str, logits: Floats, golden: Floats, kind: TaskKind) -> Parity:
-    """Measure logits (N, K[, *s]) against golden ones by the rule of ``precision``."""
+def compare(runtime: str, precision: str, logits: Floats, golden: Floats, kind: str) -> Parity:
+    """Measure logits (N, O[, *s]) against golden ones by the rule of ``precision``."""
     if logits.shape != golden.shape:
         raise BundleError(f"{runtime} gives logits of shape {logits.shape}; the golden ones have {golden.shape}")
     if not np.isfinite(logits).all():
@@ -48,19 +48,20 @@ def compare(runtime: str, precision: str, logits: Floats, golden: Floats, kind: 
     difference = float(np.abs(logits - golden).max(initial=0.0))
     ours, theirs = probabilities(logits, kind), probabilities(golden, kind)
     gap = np.abs(ours - theirs)
-    if kind == "segmentation":
+    task = find_task(kind)
+    if task.dense:
         mine, other = ours.argmax(axis=1), theirs.argmax(axis=1)
         size = int((mine > 0).sum() + (other > 0).sum())
         alike = 2.0 * int(((mine == other) & (mine > 0)).sum()) / size if size else 1.0
         probability = float(np.quantile(gap.max(axis=1), 0.999))
     else:
-        same = (ours >= 0.5) == (theirs >= 0.5) if kind == "multilabel" else ours.argmax(1) == theirs.argmax(1)
+        same = task.decide(ours) == task.decide(theirs)
         alike, probability = float(same.mean()), float(gap.max(initial=0.0))
     met = difference <= LOGITS if precision == "fp32" else alike >= ALIKE and probability <= PROBABILITY
     return Parity(runtime=f"{runtime} {precision}", logits=difference, alike=alike, probability=probability, met=met)
 
 
-def check_golden(predictor: Predictor, inputs: Floats, golden: Floats, kind: TaskKind) -> Parity:
+def check_golden(predictor: Predictor, inputs: Floats, golden: Floats, kind: str) -> Parity:
     """Run golden inputs (N, C, *s), one at a time and as a batch, and hold the logits against the golden ones.
 
     Raises:

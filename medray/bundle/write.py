@@ -27,12 +27,12 @@ from medray.bundle.verify import check_golden
 from medray.config.schema import Experiment, ModelConfig, PreprocessConfig
 from medray.data.fingerprint import Fingerprint
 from medray.data.image import Modality
-from medray.data.manifest import TaskKind
 from medray.errors import BundleError
 from medray.models.narrow import Widths
 from medray.predict.onnx_runtime import OnnxPredictor
 from medray.predict.predictor import Floats
 from medray.predict.torch_runtime import TorchPredictor
+from medray.tasks.catalogue import find_task
 
 GOLDEN_CASES = 4
 
@@ -40,7 +40,7 @@ GOLDEN_CASES = 4
 def write_bundle(
     directory: Path,
     *,
-    kind: TaskKind,
+    kind: str,
     ndim: int,
     channels: int,
     classes: Sequence[str],
@@ -99,9 +99,10 @@ def write_bundle(
     inputs = golden_inputs(golden, channels=channels, ndim=ndim, preprocess=preprocess, inference=inference)
     torch_predictor = TorchPredictor(network)
     logits = torch_predictor(inputs)
-    if logits.shape[1] != len(classes) or not np.isfinite(logits).all():
+    if logits.shape[1] != find_task(kind).outputs(len(classes)) or not np.isfinite(logits).all():
         raise BundleError(
-            f"the network gives {logits.shape[1]} outputs for {len(classes)} classes, or values that are not finite. "
+            f"the network gives {logits.shape[1]} outputs for {len(classes)} classes of a {kind} task, or values that "
+            "are not finite. "
             "Train it anew before writing a bundle"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)

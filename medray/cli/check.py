@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ def check(
         Path | None, typer.Option("--out", "-o", help="Folder for manifest.json [default: runs/NAME]")
     ] = None,
     task: Annotated[
-        Literal["auto", "classification", "multilabel", "segmentation"], typer.Option(help="What is to be learnt.")
+        str, typer.Option(help="What is to be learnt: classification, multilabel, segmentation, ordinal.")
     ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Treat every finding as an error.")] = False,
 ) -> None:

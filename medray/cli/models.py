@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -10,9 +10,7 @@ from medray.cli.show import say, table
 
 
 def models(
-    task: Annotated[
-        Literal["classification", "multilabel", "segmentation"] | None, typer.Option(help="Only those that can do it.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only those that can do it.")] = None,
     ndim: Annotated[int | None, typer.Option(min=2, max=3, help="Only 2-D or 3-D ones.")] = None,
     grep: Annotated[str, typer.Option(help="Only names that contain this.")] = "",
 ) -> None:

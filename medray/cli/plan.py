@@ -13,12 +13,15 @@ from medray.cli.show import run_folder, say
 def plan(
     data: Annotated[str, typer.Argument(help="A folder, table, dataset.json, .npz, DICOM tree, or phantom://NAME.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the plan [default: runs/NAME]")] = None,
+    task: Annotated[
+        str, typer.Option(help="What is to be learnt: classification, multilabel, segmentation, ordinal.")
+    ] = "auto",
     budget: Annotated[str | None, typer.Option(help="Training time, such as 20min or 2h.")] = None,
 ) -> None:
     """Measure the data and write an experiment.yaml for this machine: the default that a search starts from."""
     from medray.workflows.planning import plan_data
 
-    path = plan_data(data, out or run_folder(data), budget=_seconds(budget))
+    path = plan_data(data, out or run_folder(data), task=task, budget=_seconds(budget))
     say(f"experiment: {path}")
     say(f"train it with: medray train {path}")
 

@@ -3,7 +3,7 @@
 The teacher sees the very batch that the student sees, augmented as it is. fit() knows nothing of it: the student is
 wrapped so that in training its forward gives the teacher's logits as the last level, and the loss takes them off.
 
-Shape legend: logits (B, K) or (B, K, *s).
+Shape legend: logits (B, O) or (B, O, *s).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medray.errors import CompressionError
 from medray.learn.losses import Loss
-from medray.models.spec import Kind
+from medray.tasks.catalogue import find_task
 
 PREFIX = "student."
 
@@ -52,7 +51,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         hard: the task's own loss.
-        kind: of the task; multilabel compares label by label.
+        kind: of the task, whose answers are compared: of several labels each by itself.
         temperature: T, softens both.
         alpha: share of the teacher.
 
@@ -60,14 +59,14 @@ class DistillationLoss(nn.Module):
         CompressionError: a temperature or share out of range.
     """
 
-    def __init__(self, hard: Loss, kind: Kind, *, temperature: float, alpha: float) -> None:
+    def __init__(self, hard: Loss, kind: str, *, temperature: float, alpha: float) -> None:
         super().__init__()
         if not 0.0 < temperature <= 100.0 or not 0.0 <= alpha <= 1.0:
             raise CompressionError(
                 f"distillation by temperature {temperature} and alpha {alpha}: the first must lie in (0, 100], the "
                 "second in [0, 1]"
             )
-        self.hard, self.kind, self.temperature, self.alpha = hard, kind, temperature, alpha
+        self.hard, self.task, self.temperature, self.alpha = hard, find_task(kind), temperature, alpha
         self.separable = hard.separable
 
     def forward(self, logits: Sequence[Tensor], target: Tensor, whole: Tensor | None = None) -> Tensor:
@@ -91,13 +90,6 @@ class DistillationLoss(nn.Module):
     def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
         """T^2 times the divergence, mean over positions, sum over samples."""
         t = self.temperature
-        student, teacher = student / t, teacher.detach() / t
-        if self.kind == "multilabel":
-            p = torch.sigmoid(teacher)
-            cross = F.binary_cross_entropy_with_logits(student, p, reduction="none")
-            own = F.binary_cross_entropy_with_logits(teacher, p, reduction="none")
-            divergence = (cross - own).mean(1)
-        else:
-            log_p = F.log_softmax(teacher, 1)
-            divergence = (log_p.exp() * (log_p - F.log_softmax(student, 1))).sum(1)
+        log_p = self.task.log_probabilities(teacher.detach() / t)
+        divergence = (log_p.exp() * (log_p - self.task.log_probabilities(student / t))).sum(1)
         return t * t * divergence.flatten(1).mean(1).sum() if divergence.ndim > 1 else t * t * divergence.sum()

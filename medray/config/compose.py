@@ -29,6 +29,8 @@ from medray.errors import ConfigError
 
 CONF = Path(__file__).parent / "conf"
 _HYDRA = threading.Lock()  # Hydra's state is one per process
+TASK = "task"
+"""The config group without files: ``task=NAME`` is short for ``task.kind=NAME``, which whoever has the tasks checks."""
 
 Tree = dict[str, Any]
 Model = TypeVar("Model", Experiment, StudyConfig)
@@ -74,7 +76,7 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
         check_space_key(key, file_name)
 
     origins: dict[str, str] = dict.fromkeys(_leaf_paths(content), file_name)
-    parsed = [parse_override(text, groups) for text in overrides]
+    parsed = [_named_task(parse_override(text, groups), groups) for text in overrides]
     for override in parsed:
         name = override.path[0]
         if override.action == "group":
@@ -87,7 +89,10 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
                 raise ConfigError(f"{SOURCE}: {override.text!r}: neither a config group nor the file sets '{name}'")
             defaults = [entry for entry in defaults if entry[0] != name]
             content.pop(name, None)
-    tree = _compose_groups(defaults, content, file_name, folder)
+    named = [entry for entry in defaults if entry[0] == TASK and entry[1] not in groups[TASK]]
+    for name, option in named:
+        content = merge({name: {"kind": option}}, content)
+    tree = _compose_groups([entry for entry in defaults if entry not in named], content, file_name, folder)
     _check_keys(tree, (), "config groups")
     for override in parsed:
         if override.action == "group" or (
@@ -108,6 +113,12 @@ def compose(path: Path | None, overrides: Sequence[str] = ()) -> Composed:
     _embed(tree, space)
     _build(Experiment, tree, (), origins, file_name)
     return Composed(explicit=tree, study=study, space=space, source_file=path, origins=origins)
+
+
+def _named_task(override: Override, groups: Mapping[str, list[str]]) -> Override:
+    if override.action == "group" and override.path == (TASK,) and override.value not in groups[TASK]:
+        return Override(action="set", path=(TASK, "kind"), value=override.value, text=override.text)
+    return override
 
 
 def _embed(tree: Tree, space: Tree) -> None:
@@ -183,7 +194,7 @@ def _override_paths(override: Override) -> list[str]:
 
 def _groups(folder: Path | None) -> dict[str, list[str]]:
     """Config groups at hand and their options; a group is named like the section that it fills."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {TASK: []}
     sections = [parts[0] for parts, (kind, _) in known().items() if len(parts) == 1 and kind == "section"]
     for root in filter(None, (CONF, folder)):
         for section in sections:
@@ -196,6 +207,8 @@ def _groups(folder: Path | None) -> dict[str, list[str]]:
 
 
 def _check_option(group: str, option: str, groups: Mapping[str, list[str]], source: str, folder: Path | None) -> None:
+    if group == TASK and option not in groups[group]:
+        return
     if option not in groups[group]:
         near = difflib.get_close_matches(option, groups[group], n=2)
         raise ConfigError(

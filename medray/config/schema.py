@@ -21,9 +21,9 @@ HETEROSCEDASTIC = ("heteroscedastic", "dice_heteroscedastic")
 
 
 class TaskConfig(Section):
-    """What is to be learnt. ``auto`` takes it from the manifest."""
+    """What is to be learnt: a task of ``medray.tasks``. ``auto`` takes it from the data."""
 
-    kind: Literal["auto", "classification", "multilabel", "segmentation"] = "auto"
+    kind: str = Field("auto", min_length=1, max_length=64)
 
 
 class SplitConfig(Section):
@@ -144,11 +144,9 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """Losses over logits."""
+    """Losses over logits; which there are, the task says."""
 
-    name: Literal[
-        "cross_entropy", "focal", "dice", "dice_ce", "tversky", "bce", "heteroscedastic", "dice_heteroscedastic"
-    ] = "dice_ce"
+    name: str = Field("dice_ce", min_length=1, max_length=64)
     class_weights: tuple[NonNegative, ...] | None = None
     label_smoothing: Fraction = Field(
         0.0, description="share of the target spread over all classes; not by Dice and Tversky"

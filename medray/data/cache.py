@@ -39,6 +39,7 @@ from medray.data.manifest import IGNORE, Case, Manifest
 from medray.data.preprocess import Geometry, Preprocessor
 from medray.data.rows import is_row
 from medray.errors import DataError, UnreadableError
+from medray.tasks.catalogue import find_task
 
 __all__ = ["PreparedStore", "Progress"]
 
@@ -275,6 +276,7 @@ def _sweep(directory: Path) -> None:
 def _write(
     manifest: Manifest, preprocessor: Preprocessor, folder: Path, digest: str, progress: Progress | None
 ) -> None:
+    dense = find_task(manifest.task).dense
     geometries: list[Geometry] = []
     masked: list[bool] = []
     voxels: list[npt.NDArray[np.int32]] = []
@@ -284,7 +286,7 @@ def _write(
             prepared.image.tofile(images)
             # a case without a mask takes its place all the same (as a hole), so that one offset serves both files
             blank = np.full(prepared.geometry.prepared, IGNORE, np.uint8) if prepared.mask is None else prepared.mask
-            if manifest.task == "segmentation":
+            if dense:
                 blank.tofile(masks)
             geometries.append(prepared.geometry)
             masked.append(prepared.mask is not None)
@@ -312,7 +314,7 @@ def _write(
             voxel_starts=np.cumsum([0, *map(len, voxels)]),
         )
         _settle(file)
-    if manifest.task != "segmentation":
+    if not dense:
         (folder / "masks.bin").unlink()
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     stated = {"version": _VERSION, "digest": digest, "source": manifest.source, "files": files}
@@ -351,7 +353,7 @@ def _prepare_one(manifest: Manifest, preprocessor: Preprocessor, case: Case, num
     labels = None
     voxels = np.empty((0, manifest.ndim), np.int32)
     classes = np.empty(0, np.uint8)
-    if mask is not None and manifest.task == "segmentation":
+    if mask is not None and find_task(manifest.task).dense:
         labels = preprocessor.prepare_mask(mask, geometry, valid)
         voxels, classes = _sample_foreground(labels, number)
         if len(classes) and classes[-1] >= len(manifest.classes):

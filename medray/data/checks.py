@@ -33,6 +33,7 @@ from medray.data.manifest import IGNORE, Case, Finding, Manifest
 from medray.data.readers import read_image, read_mask
 from medray.data.sweep import Progress, sweep
 from medray.errors import DataError, LeakError, UnreadableError
+from medray.tasks.catalogue import find_task
 
 _KEPT = ("unpaired", "missing")  # findings of the layout: a check of the cases can't see them again
 _SHOWN = 20
@@ -102,7 +103,7 @@ def _warning(rule: str, case: Case | None, message: str, fix: str) -> Finding:
 def _look(manifest: Manifest, case: Case, root: Path) -> _Seen:
     seen = _Seen()
     seen.findings += _target(manifest, case)
-    if manifest.task != "segmentation" and case.label is not None:
+    if case.label is not None:
         seen.classes = _positive(case.label)
     images = []
     for reference in case.images:
@@ -137,16 +138,17 @@ def _positive(label: int | tuple[int, ...]) -> frozenset[int]:
 
 def _target(manifest: Manifest, case: Case) -> Iterator[Finding]:
     count = len(manifest.classes)
-    if manifest.task == "segmentation":
+    form = find_task(manifest.task).target
+    if form == "mask":
         missing, what = case.mask is None, "mask"
     else:
         missing, what = case.label is None, "label"
     if missing:
         make = _warning if case.split == "test" else _error
         yield make("target", case, f"no {what}", f"add the {what}, or remove the case")
-    elif manifest.task == "classification" and not (isinstance(case.label, int) and 0 <= case.label < count):
+    elif form == "class" and not (isinstance(case.label, int) and 0 <= case.label < count):
         yield _error("label-range", case, f"label {case.label} with {count} classes", f"use 0 to {count - 1}")
-    elif manifest.task == "multilabel":
+    elif form == "labels":
         flags = case.label
         if not isinstance(flags, tuple) or len(flags) != count or not set(flags) <= {0, 1}:
             yield _error("label-range", case, f"labels {flags} for {count} findings", f"give {count} values of 0 or 1")
@@ -252,7 +254,7 @@ def _duplicates(manifest: Manifest, seen: list[_Seen]) -> Iterator[Finding]:
             continue
         names = ", ".join(case.id for case in cases[:6]) + (", …" if len(cases) > 6 else "")
         splits = sorted({case.split for case in cases if case.split})
-        targets = {case.label for case in cases} if manifest.task != "segmentation" else set()
+        targets = {case.label for case in cases}
         odd = " with different labels" if len(targets) > 1 else ""
         if len(splits) > 1:
             text = f"the same image stands in {' and '.join(splits)}{odd}: {names}"
@@ -271,7 +273,7 @@ def _classes(manifest: Manifest, seen: list[_Seen]) -> Iterator[Finding]:
     for case, one in zip(manifest.cases, seen, strict=True):
         shown[case.split] |= one.classes
     everywhere = set().union(*shown.values())
-    first = 1 if manifest.task == "segmentation" else 0
+    first = 1 if find_task(manifest.task).dense else 0  # nobody looks for background
     for index, name in list(enumerate(manifest.classes))[first:]:
         if index not in everywhere:
             yield _warning(

@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict
 
 from medray.data.document import Document
 from medray.data.image import Modality
-from medray.data.manifest import IGNORE, Case, Manifest, TaskKind
+from medray.data.manifest import IGNORE, Case, Manifest
 from medray.data.readers import read_case
 from medray.data.sweep import Progress, sweep
 from medray.errors import DataError
+from medray.tasks.catalogue import TaskKind, find_task
 
 _SAMPLES_A_CASE = 20_000
 _SAMPLES = 4_000_000
@@ -162,7 +163,8 @@ def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: in
     inside = None if valid is None else valid.array > 0
     voxels = np.zeros(len(manifest.classes), np.int64)
     where = inside
-    if manifest.task == "segmentation" and mask is not None:
+    dense = find_task(manifest.task).dense
+    if dense and mask is not None:
         labels = mask.array
         state.update(np.ascontiguousarray(labels.astype(np.int32)).tobytes())
         counted = labels != IGNORE if inside is None else (labels != IGNORE) & inside
@@ -172,7 +174,7 @@ def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: in
             )
         voxels = np.bincount(labels[counted].ravel(), minlength=len(voxels)).astype(np.int64)
         where = counted if whole else counted & (labels > 0)
-    elif manifest.task == "segmentation":
+    elif dense:
         where = np.zeros(image.shape, bool)
     values = array.reshape(array.shape[0], -1) if where is None else array[:, where]
     sums = np.zeros((len(values), 3))
@@ -217,7 +219,7 @@ def _intensity(found: list[_Measured]) -> tuple[ChannelStats, ...]:
 
 def _balance(manifest: Manifest, cases: list[Case], found: list[_Measured]) -> tuple[dict[str, int], dict[str, float]]:
     shown: npt.NDArray[Any]
-    if manifest.task == "segmentation":
+    if find_task(manifest.task).dense:
         voxels = np.stack([one.voxels for one in found])
         shown = (voxels > 0).sum(0)
         share = voxels.sum(0) / max(1, int(voxels.sum()))

@@ -11,6 +11,7 @@ import numpy as np
 
 from medray.data.fingerprint import ChannelStats, Fingerprint
 from medray.errors import FederationError
+from medray.tasks.catalogue import find_task
 
 __all__ = ["merge_fingerprints"]
 
@@ -39,7 +40,7 @@ def merge_fingerprints(parts: Sequence[tuple[str, Fingerprint]]) -> Fingerprint:
     cases = np.array([p.cases for p in prints], dtype=float)
     voxels = np.array([p.bytes_total / 4 / p.channels for p in prints])
     spaced = [(p, n) for p, n in zip(prints, cases, strict=True) if p.spacing_median is not None]
-    balance = voxels if first.task == "segmentation" else cases
+    balance = voxels if find_task(first.task).dense else cases
     return Fingerprint(
         task=first.task,
         ndim=first.ndim,

@@ -24,17 +24,18 @@ from medray.data.ahead import DEPTH, Helpers, in_threads, shared_memory, usable_
 from medray.data.augment import Augment
 from medray.data.cache import PreparedStore
 from medray.data.lots import Lot, Lots, Poisson
-from medray.data.manifest import IGNORE, TaskKind
+from medray.data.manifest import IGNORE
 from medray.data.preprocess import OUTSIDE
 from medray.errors import ConfigError, DataError
+from medray.tasks.catalogue import find_task
 
 __all__ = ["Batch", "TrainLoader", "train_loader"]
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-"""image: (B, C, *s) float32. target: (B, *s) int64 (segmentation), (B,) int64 (classification) or (B, K) float32
-(multilabel; classification with mixup or CutMix). index: (B,) int64, the case in the manifest."""
+"""image: (B, C, *s) float32. target: (B, *s) int64 (a mask), (B,) int64 (a class) or (B, K) float32 (several labels; a
+class with mixup or CutMix). index: (B,) int64, the case in the manifest."""
 
 Key = tuple[int, int, float | None]
 """Epoch, number of the batch in it, strength of augmentation (None: the experiment's)."""
@@ -45,7 +46,7 @@ def train_loader(
     indices: Sequence[int],
     experiment: Experiment,
     *,
-    kind: TaskKind,
+    kind: str,
     num_classes: int,
     workers: int | None = None,
     processes: bool | None = None,
@@ -65,7 +66,7 @@ def train_loader(
 
     Raises:
         DataError: no cases, a case without target, or images of several shapes without a patch size.
-        ConfigError: a patch size of the wrong length; mixup for segmentation.
+        ConfigError: a patch size of the wrong length; mixup of masks.
     """
     on_gpu = torch.cuda.is_available() and experiment.device != "cpu"
     batches = _Batches(store, np.asarray(indices, dtype=np.int64), experiment, kind, num_classes)
@@ -220,15 +221,17 @@ class _Batches(Dataset[Batch]):
         store: PreparedStore,
         cases: npt.NDArray[np.int64],
         experiment: Experiment,
-        kind: TaskKind,
+        kind: str,
         num_classes: int,
     ) -> None:
         train = experiment.train
         if not len(cases):
             raise DataError("no cases to train on: the training side of the split is empty")
-        if kind == "segmentation" and (train.mixup > 0 or train.cutmix > 0):
+        self.form = find_task(kind).target
+        self.dense = self.form == "mask"
+        if self.dense and (train.mixup > 0 or train.cutmix > 0):
             raise ConfigError("train.mixup and train.cutmix are for classification: set them to 0")
-        self.store, self.cases, self.kind, self.num_classes = store, cases, kind, num_classes
+        self.store, self.cases, self.num_classes = store, cases, num_classes
         self.seed, self.train = experiment.seed, train
         self.rows = np.arange(train.batch_size)
         self.lane = 0
@@ -237,9 +240,9 @@ class _Batches(Dataset[Batch]):
         self.augment = Augment(experiment.augment, ndim=store.ndim, spacing=experiment.preprocess.spacing)
         self.field = self._field()
         self.whole = all(self.store.shape(int(i)) == self.field == self.patch for i in cases)
-        self.targets = None if kind == "segmentation" else self._targets()
+        self.targets = None if self.dense else self._targets()
         self.strata = self._strata() if train.balanced and self.targets is not None else None
-        if kind == "segmentation":
+        if self.dense:
             bare = [int(i) for i in cases if store.mask(int(i)) is None]
             if bare:
                 raise DataError(f"{len(bare)} training case(s) have no mask, such as number {bare[0]}. Remove them")
@@ -281,7 +284,7 @@ class _Batches(Dataset[Batch]):
         for i, label in zip(self.cases, labels, strict=True):
             fits = (
                 isinstance(label, int) and 0 <= label < self.num_classes
-                if self.kind == "classification"
+                if self.form == "class"
                 else isinstance(label, tuple) and len(label) == self.num_classes
             )
             if not fits:
@@ -289,12 +292,12 @@ class _Batches(Dataset[Batch]):
                     f"training case number {i} has the label {label!r}, which is none of {self.num_classes} classes. "
                     "Label or remove it"
                 )
-        return torch.tensor(labels, dtype=torch.int64 if self.kind == "classification" else torch.float32)
+        return torch.tensor(labels, dtype=torch.int64 if self.form == "class" else torch.float32)
 
     def _strata(self) -> list[npt.NDArray[np.int64]]:
         """Positions in ``cases`` by class; a case of several labels counts for its rarest."""
         assert self.targets is not None
-        if self.kind == "classification":
+        if self.form == "class":
             key = self.targets.numpy()
         else:
             present = self.targets.numpy() > 0
@@ -346,10 +349,10 @@ class _Batches(Dataset[Batch]):
         self, drawn: npt.NDArray[np.int64], places: Sequence[int | None], rng: np.random.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """The field of each sample, (B, C, *field) and, in segmentation, (B, *field) float32."""
-        if self.whole and self.kind != "segmentation" and len(drawn):
+        if self.whole and not self.dense and len(drawn):
             return torch.from_numpy(self.store.images(self.cases[drawn])), None
         images = np.full((len(drawn), self.store.channels, *self.field), OUTSIDE, np.float32)
-        masks = np.full((len(drawn), *self.field), IGNORE, np.float32) if self.kind == "segmentation" else None
+        masks = np.full((len(drawn), *self.field), IGNORE, np.float32) if self.dense else None
         for row, position in enumerate(drawn):
             mask = None if masks is None else masks[row]
             self._read(int(self.cases[position]), places[row], rng, images[row], mask)
@@ -409,7 +412,7 @@ class _Batches(Dataset[Batch]):
 
         ``position`` is the sample's number in the epoch; None for a lot, where others must not decide anything for it.
         """
-        share = self.train.foreground if self.kind == "segmentation" else 0.0
+        share = self.train.foreground if self.dense else 0.0
         centre = None
         if position is None:
             foreground = rng.random() < share

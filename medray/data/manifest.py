@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medray.data.document import Document
 from medray.data.image import Modality
+from medray.learn.losses import IGNORE
+from medray.tasks.catalogue import TaskKind
+
+__all__ = ["IGNORE", "Case", "Finding", "Manifest", "Split"]
 
 Split = Literal["train", "val", "test"]
-TaskKind = Literal["classification", "multilabel", "segmentation"]
-
-IGNORE = 255
-"""Value of a prepared mask where neither loss nor metric looks (outside ``Case.valid``, or labelled so)."""
 
 
 class _Row(BaseModel):
@@ -29,7 +29,7 @@ class Case(_Row):
 
     id: str = Field(min_length=1)
     images: tuple[str, ...] = Field(min_length=1)
-    label: int | tuple[int, ...] | None = Field(None, description="class index; 0/1 per label for multilabel")
+    label: int | tuple[int, ...] | None = Field(None, description="class index; 0/1 per label where there are several")
     mask: str | None = None
     valid: str | None = Field(None, description="region of interest: where it is 0, pixels are ignored")
     patient: str = ""
@@ -62,7 +62,7 @@ class Manifest(_Row, Document):
     task: TaskKind
     ndim: Literal[2, 3]
     channels: int = Field(ge=1)
-    classes: tuple[str, ...] = Field(description="segmentation: background first")
+    classes: tuple[str, ...] = Field(description="of masks: background first")
     modality: Modality = "other"
     columns: tuple[str, ...] = Field((), description="of a table's rows: what the channels are, see medray.data.rows")
     cases: tuple[Case, ...]

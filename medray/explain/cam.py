@@ -27,6 +27,7 @@ from medray.data.preprocess import OUTSIDE
 from medray.errors import MissingDependencyError, ModelError
 from medray.explain.layers import Target, target_of
 from medray.predict.predictor import Floats
+from medray.tasks.task import Task
 
 Method = Literal["gradcam", "gradcam++"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -133,7 +134,7 @@ def _windows(bundle: Bundle, array: Floats) -> Iterator[_Window]:
     """The image as a whole, or in the bundle's windows, half overlapping."""
     how = bundle.spec.inference
     size: Sequence[int] = array.shape[1:]
-    if bundle.spec.kind == "segmentation":
+    if bundle.spec.task.dense:
         size = how.patch_size or [-(-n // how.divisor) * how.divisor for n in size]
     padded = np.pad(
         array,
@@ -151,8 +152,11 @@ def _windows(bundle: Bundle, array: Floats) -> Iterator[_Window]:
 
 def _answer(bundle: Bundle, network: nn.Module, windows: Sequence[_Window]) -> int:
     with torch.no_grad():
-        if bundle.spec.kind != "segmentation":
-            return int(network(windows[0].values)[0].argmax())
+        task = bundle.spec.task
+        if not task.dense:
+            probable = task.probabilities(network(windows[0].values).numpy())
+            (decided,) = task.decide(probable)
+            return int(decided if decided.ndim == 0 else probable[0].argmax())
         counts = torch.zeros(len(bundle.spec.classes))
         for window in windows:
             labels = network(window.values)[0].argmax(0)
@@ -192,7 +196,7 @@ def _window_heat(
     with torch.enable_grad(), kind(member, [chosen.layer], reshape_transform=chosen.reshape) as cam:
         # A leaf with a gradient of its own: maps in front of the first weights would else have none.
         values = values.clone().requires_grad_(True)
-        score = _score(cam.activations_and_grads(values), target, bundle.spec.kind == "segmentation")
+        score = _score(cam.activations_and_grads(values), target, bundle.spec.task)
         if score is None:
             return np.zeros(tuple(values.shape[2:]), dtype=np.float32)
         member.zero_grad(set_to_none=True)
@@ -209,9 +213,10 @@ def _window_heat(
     return spread[0, 0].numpy()
 
 
-def _score(logits: Tensor, target: int, dense: bool) -> Tensor | None:
-    """What is derived: the class's logit, or its sum over the pixels given to it; None where it has none."""
-    if not dense:
-        return logits[0, target]
+def _score(logits: Tensor, target: int, task: Task) -> Tensor | None:
+    """What is derived: the evidence for a class, or its sum over the pixels given to it; None where it has none."""
+    evidence = task.evidence(logits, target)[0]
+    if not task.dense:
+        return evidence
     mask = logits[0].detach().argmax(0) == target
-    return (logits[0, target] * mask).sum() if bool(mask.any()) else None
+    return (evidence * mask).sum() if bool(mask.any()) else None

@@ -17,85 +17,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medray.config.schema import LossConfig
 from medray.errors import ConfigError
 
-__all__ = ["LOSSES", "Loss", "Overlap", "Softmax", "build_loss", "nearest"]
+__all__ = [
+    "IGNORE",
+    "Binary",
+    "Loss",
+    "NoisySoftmax",
+    "NoisySum",
+    "Overlap",
+    "Softmax",
+    "Sum",
+    "nearest",
+    "one_hot",
+]
 
-Kind = Literal["classification", "multilabel", "segmentation"]
+IGNORE = 255
+"""Target where neither loss nor metric looks."""
 SMOOTH = 1e-5
 LARGEST_LOG_VARIANCE = 10.0
 """Beyond it no gradient flows: exp(10) drowns any logit already."""
-
-LOSSES: dict[Kind, tuple[str, ...]] = {
-    "classification": ("cross_entropy", "focal", "bce", "heteroscedastic"),
-    "multilabel": ("bce", "focal"),
-    "segmentation": (
-        "dice_ce",
-        "dice",
-        "cross_entropy",
-        "focal",
-        "tversky",
-        "bce",
-        "heteroscedastic",
-        "dice_heteroscedastic",
-    ),
-}
-
-
-def build_loss(config: LossConfig, *, kind: Kind, num_classes: int, ignore_index: int = 255) -> Loss:
-    """The loss that ``config`` names.
-
-    Args:
-        config: ``class_weights`` scale each class's term (cross-entropy, focal), the positives of each class (bce,
-            multilabel focal), or the share of each class in the mean over classes (Dice, Tversky; background is left
-            out there). ``label_smoothing`` acts on all but Dice and Tversky.
-        kind: the task.
-        num_classes: K, background included.
-        ignore_index: target value to look away from.
-
-    Raises:
-        ConfigError: a loss that this task can't use, or weights that don't match the classes.
-    """
-    if config.name not in LOSSES[kind]:
-        raise ConfigError(f"loss.name={config.name} does not fit a {kind} task; use one of {', '.join(LOSSES[kind])}")
-    if config.class_weights is not None:
-        if len(config.class_weights) != num_classes:
-            raise ConfigError(
-                f"loss.class_weights has {len(config.class_weights)} values for {num_classes} classes; give one a class"
-            )
-        overlaps = config.name in ("dice", "tversky", "dice_ce", "dice_heteroscedastic")
-        foreground = config.class_weights[1:] if overlaps else config.class_weights
-        if not any(foreground):
-            raise ConfigError(
-                "loss.class_weights are all zero, so nothing would be learnt; give a positive weight to a class"
-            )
-    if kind == "classification" and ignore_index < num_classes:
-        ignore_index = -100  # a label of this many classes; cases of a classification are never ignored
-    weights = None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)
-    smoothing, gamma = config.label_smoothing, config.gamma
-    if config.name == "bce" or kind == "multilabel":
-        binary_gamma = gamma if config.name == "focal" else 0.0
-        return Binary(ignore_index, weights, smoothing=smoothing, gamma=binary_gamma, dense=kind == "segmentation")
-    if config.name in ("cross_entropy", "focal"):
-        return Softmax(ignore_index, weights, smoothing=smoothing, gamma=gamma if config.name == "focal" else 0.0)
-    if config.name == "heteroscedastic":
-        return NoisySoftmax(ignore_index, weights, num_classes, smoothing=smoothing, samples=config.samples)
-    if config.name == "tversky":
-        return Overlap(ignore_index, weights, alpha=config.alpha, beta=config.beta, over_batch=config.batch_dice)
-    overlap = Overlap(ignore_index, weights, alpha=0.5, beta=0.5, over_batch=config.batch_dice)
-    if config.name == "dice":
-        return overlap
-    entropy = Softmax(ignore_index, weights, smoothing=smoothing)
-    if config.name == "dice_heteroscedastic":
-        return NoisySum(ignore_index, overlap, entropy, num_classes, samples=config.samples)
-    return Sum(ignore_index, overlap, entropy)
 
 
 def nearest(target: Tensor, shape: Sequence[int]) -> Tensor:
@@ -220,10 +166,9 @@ class Binary(Loss):
         *,
         smoothing: float = 0.0,
         gamma: float = 0.0,
-        dense: bool = False,
     ) -> None:
         super().__init__(ignore_index, weights)
-        self.smoothing, self.gamma, self.dense = smoothing, gamma, dense
+        self.smoothing, self.gamma = smoothing, gamma
 
     def term(self, logits: Tensor, target: Tensor, whole: Tensor) -> Tensor:
         known = self.known(target)

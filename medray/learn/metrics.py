@@ -25,6 +25,7 @@ __all__ = [
     "confusion_matrix",
     "dice_per_class",
     "ece",
+    "entropy",
     "hd95",
     "hd95_per_class",
     "log_loss",
@@ -173,6 +174,12 @@ def ece(confidence: Array, correct: Array, bins: int = 15) -> float:
     equal-width bins."""
     mean_confidence, hit_rate, counts = reliability_curve(confidence, correct, bins)
     return float((counts * np.abs(mean_confidence - hit_rate)).sum() / max(1, counts.sum()))
+
+
+def entropy(probabilities: Array) -> npt.NDArray[np.float32]:
+    """Entropy over the first axis (K, ...), divided by that of the even distribution: 0 certain, 1 no idea."""
+    p = np.clip(probabilities, 1e-8, 1.0)
+    return np.asarray(-(p * np.log(p)).sum(axis=0) / np.log(len(p)), dtype=np.float32)
 
 
 # -- curves, for plots

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medray.models.dropout import drop_after
 from medray.models.layers import resize
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 
 _WIDTH = 128
 """Channels of the context path after its attention."""
@@ -83,7 +83,7 @@ def build_bisenet(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="bisenet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2,),
         tier="lightweight",
         family="BiSeNet",

@@ -33,9 +33,10 @@ from medray.models import (
 )
 from medray.models.dropout import set_dropout_kind
 from medray.models.norms import group_norms
-from medray.models.spec import Kind, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.variance import LogVariance
 from medray.models.weights import hub_weights, load_weights
+from medray.tasks.catalogue import find_task
 
 FAMILIES = (
     unet.SPECS,
@@ -57,12 +58,15 @@ CATALOGUE: dict[str, ModelSpec] = {spec.name: spec for family in FAMILIES for sp
 decoder by, any network of timm; ``genotype:...`` is one that an architecture search found."""
 
 
-def names(kind: Kind | None = None, ndim: int | None = None) -> tuple[str, ...]:
-    """Names of the catalogue that do ``kind`` on ``ndim``-D images, in the catalogue's order."""
+def names(kind: str | None = None, ndim: int | None = None) -> tuple[str, ...]:
+    """Names of the catalogue that do the task ``kind`` on ``ndim``-D images, in the catalogue's order.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    dense = None if kind is None else find_task(kind).dense
     return tuple(
-        spec.name
-        for spec in CATALOGUE.values()
-        if (kind is None or kind in spec.kinds) and (ndim is None or ndim in spec.ndims)
+        spec.name for spec in CATALOGUE.values() if dense in (None, spec.dense) and (ndim is None or ndim in spec.ndims)
     )
 
 
@@ -92,7 +96,7 @@ def lookup(name: str) -> ModelSpec:
 def build_model(
     config: ModelConfig,
     *,
-    kind: Kind,
+    kind: str,
     ndim: int,
     in_channels: int,
     num_outputs: int,
@@ -107,7 +111,7 @@ def build_model(
         kind: the task.
         ndim: spatial axes, 2 or 3.
         in_channels: channels C of the input (B, C, *spatial).
-        num_outputs: K of the logits: (B, K) in classification, (B, K, *spatial) in segmentation.
+        num_outputs: O of the logits, (B, O), or (B, O, *spatial) of a dense task; see ``Task.outputs``.
         patch_size: spatial shape that it will be trained on; decides stems and token grids. None for unknown.
 
     Returns:

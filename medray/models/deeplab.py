@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medray.models.spec import SEGMENT, ModelSpec, Request, Tier
+from medray.models.spec import ModelSpec, Request, Tier
 from medray.models.weights import adapt_inputs, fetch_torchvision
 
 
@@ -58,7 +58,7 @@ def _build(request: Request, backbone: str) -> nn.Module:
 def _spec(name: str, backbone: str, tier: Tier, description: str) -> ModelSpec:
     return ModelSpec(
         name=name,
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2,),
         tier=tier,
         family="DeepLab",

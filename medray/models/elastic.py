@@ -18,7 +18,7 @@ from medray.config.schema import ModelConfig
 from medray.models.layers import CONV, SLOPE, ConvBlock, DropPath, InstanceNorm, widths
 from medray.models.operations import Norm, norm_of
 from medray.models.small import PooledHead
-from medray.models.spec import CLASSIFY, SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.unet import DEPTH, Decoder, UNet, halvings
 
 MULTIPLE = 4
@@ -153,7 +153,7 @@ def build_elastic_unet(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="elastic_unet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="lightweight",
         family="elastic",
@@ -178,7 +178,7 @@ SPECS = (
     ),
     ModelSpec(
         name="elastic_mbconv",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2, 3),
         tier="lightweight",
         family="elastic",

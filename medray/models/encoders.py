@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medray.errors import MissingDependencyError, ModelError
 from medray.models.dropout import add_drop_path, drop_after
 from medray.models.layers import resize
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.timm_nets import check_timm_name
 
 
@@ -124,7 +124,7 @@ def any_encoder(name: str) -> ModelSpec:
     check_timm_name(name, "encoder")
     return ModelSpec(
         name=f"encoder:{name}",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2,),
         tier="balanced",
         family="timm",
@@ -140,7 +140,7 @@ def any_encoder(name: str) -> ModelSpec:
 SPECS = (
     ModelSpec(
         name="pspnet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2,),
         tier="balanced",
         family="PSPNet",
@@ -153,7 +153,7 @@ SPECS = (
     ),
     ModelSpec(
         name="hrnet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2,),
         tier="high-accuracy",
         family="HRNet",

@@ -9,7 +9,7 @@ from torch import nn
 from medray.config.genotype import PREFIX, Genotype
 from medray.errors import ConfigError, ModelError
 from medray.models.cells import NETWORKS, Cell, GenotypeCell, Place, Plan
-from medray.models.spec import CLASSIFY, SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 
 __all__ = ["FAMILY", "any_genotype", "build_genotype", "plan_of"]
 
@@ -60,7 +60,7 @@ def any_genotype(text: str) -> ModelSpec:
     options |= {"dropout_kind", "deep_supervision"} if segments else set()
     return ModelSpec(
         name=f"{PREFIX}{text}",
-        kinds=SEGMENT if segments else CLASSIFY,
+        dense=segments,
         ndims=(2, 3),
         tier="balanced",
         family=FAMILY,

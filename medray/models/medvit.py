@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medray.models.layers import DropPath
-from medray.models.spec import CLASSIFY, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.timm_nets import stem_reductions
 
 _HEAD = 32
@@ -209,7 +209,7 @@ def build_medvit(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="medvit",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2,),
         tier="balanced",
         family="ViT",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from medray.models.dropout import add_drop_path
 from medray.models.layers import replace_instance_norms, widths
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.unet import DEPTH, halvings
 
 _SMALL, _MEDIUM = 32, 96
@@ -115,7 +115,7 @@ def _densenet(request: Request, name: str, stride: int, pool: bool) -> nn.Module
 SPECS = (
     ModelSpec(
         name="dynunet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="balanced",
         family="U-Net",
@@ -130,7 +130,7 @@ SPECS = (
     ),
     ModelSpec(
         name="segresnet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="balanced",
         family="ResNet",

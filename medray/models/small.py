@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medray.models.layers import BATCH_NORM, CONV, MAX_POOL, DropPath
-from medray.models.spec import CLASSIFY, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 
 
 class _Conv(nn.Sequential):
@@ -132,7 +132,7 @@ def build_attention_cnn(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="small_cnn",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2, 3),
         tier="lightweight",
         family="CNN",
@@ -146,7 +146,7 @@ SPECS = (
     ),
     ModelSpec(
         name="attention_cnn",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2, 3),
         tier="lightweight",
         family="CNN",

@@ -10,11 +10,9 @@ from torch import nn
 
 from medray.config.schema import ElasticConfig, ModelConfig
 from medray.errors import ModelError
+from medray.tasks.catalogue import TASKS
 
-Kind = Literal["classification", "multilabel", "segmentation"]
 Tier = Literal["lightweight", "balanced", "high-accuracy"]
-CLASSIFY: tuple[Kind, ...] = ("classification", "multilabel")
-SEGMENT: tuple[Kind, ...] = ("segmentation",)
 
 OPTIONS: Mapping[str, Any] = {
     "feature_size": None,
@@ -35,7 +33,7 @@ class Request:
 
     Attributes:
         in_channels: channels of the input (B, C, *spatial).
-        num_outputs: K of the logits (B, K[, *spatial]).
+        num_outputs: O of the logits (B, O[, *spatial]).
         patch_size: spatial shape that it will be trained on, None when unknown.
         feature_size, depth: the configuration's, or the family's own (0 where the family has none).
         hub: whether weights are to be fetched from the hub while building.
@@ -57,7 +55,7 @@ class ModelSpec:
 
     Attributes:
         name: what ``model.name`` says.
-        kinds: tasks that it can do.
+        dense: whether it gives logits for each pixel or voxel, or for the image; tasks want one or the other.
         ndims: numbers of spatial axes that it can take.
         tier: lightweight, balanced or high-accuracy.
         family: kin, for grouping in listings.
@@ -74,7 +72,7 @@ class ModelSpec:
     """
 
     name: str
-    kinds: tuple[Kind, ...]
+    dense: bool
     ndims: tuple[int, ...]
     tier: Tier
     family: str
@@ -88,6 +86,11 @@ class ModelSpec:
     stride: Callable[[int], int] = lambda _depth: 1
     cells: int = 1
     hub: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the tasks that it can do."""
+        return tuple(name for name, task in TASKS.items() if task.dense == self.dense)
 
     def divisor(self, config: ModelConfig, ndim: int) -> int:
         """What every spatial axis of the input must be a multiple of. Padding is the caller's work."""
@@ -117,7 +120,7 @@ class ModelSpec:
         depths = [d for d in range(self.shallowest, most + 1) if min(shape) / self.stride(d) >= cells]
         return max(depths, default=self.shallowest)
 
-    def check(self, config: ModelConfig, *, kind: Kind, ndim: int, patch_size: tuple[int, ...] | None) -> None:
+    def check(self, config: ModelConfig, *, kind: str, ndim: int, patch_size: tuple[int, ...] | None) -> None:
         """Refuse what this network can't do.
 
         Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.models.layers import CONV, ResidualBlock
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.transformer import PatchExpanding, PatchMerging, WindowBlock
 from medray.models.unet import Decoder, UNet, halvings
 
@@ -143,7 +143,7 @@ def build_swin_unet(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="swin_unetr",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="high-accuracy",
         family="Swin",
@@ -159,7 +159,7 @@ SPECS = (
     ),
     ModelSpec(
         name="swin_unet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="balanced",
         family="Swin",

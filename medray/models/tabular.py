@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from medray.models.spec import CLASSIFY, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 
 
 class Linear(nn.Module):
@@ -58,7 +58,7 @@ def build_mlp(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="linear",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2, 3),
         tier="lightweight",
         family="table",
@@ -68,7 +68,7 @@ SPECS = (
     ),
     ModelSpec(
         name="mlp",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2, 3),
         tier="lightweight",
         family="table",

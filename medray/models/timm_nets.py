@@ -13,7 +13,7 @@ from torch import nn
 
 from medray.errors import ModelError
 from medray.models import monai_nets
-from medray.models.spec import CLASSIFY, ModelSpec, Request, Tier
+from medray.models.spec import ModelSpec, Request, Tier
 from medray.models.weights import adapt_inputs, fetch_torchvision
 
 _STEMS = ("conv_stem", "conv1", "stem", "maxpool", "features.conv0", "features.pool0", "blocks.1.0.conv_dw")
@@ -163,7 +163,7 @@ def _spec(
 
     return ModelSpec(
         name=name,
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2, 3) if volumes else (2,),
         tier=tier,
         family=family,
@@ -185,7 +185,7 @@ SPECS = (
     _spec("efficientnet_b7", "efficientnet_b7", "high-accuracy", "EfficientNet", "EfficientNet-B7"),
     ModelSpec(
         name="shufflenetv2",
-        kinds=CLASSIFY,
+        dense=False,
         ndims=(2,),
         tier="lightweight",
         family="ShuffleNet",

@@ -22,7 +22,7 @@ from medray.models.layers import (
     resize,
     widths,
 )
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 
 RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6)
 """Residual blocks per level, as in nnU-Net's ResEnc presets."""
@@ -215,7 +215,7 @@ DEPTH = {2: 5, 3: 4}
 SPECS = (
     ModelSpec(
         name="unet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="balanced",
         family="U-Net",
@@ -229,7 +229,7 @@ SPECS = (
     ),
     ModelSpec(
         name="attention_unet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="balanced",
         family="U-Net",
@@ -243,7 +243,7 @@ SPECS = (
     ),
     ModelSpec(
         name="resenc_unet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="high-accuracy",
         family="U-Net",

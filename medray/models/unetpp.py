@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.models.layers import CONV, ConvBlock, MergeUp, initialise, widths
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.unet import Encoder, halvings
 
 
@@ -81,7 +81,7 @@ def build_unetpp(request: Request) -> nn.Module:
 SPECS = (
     ModelSpec(
         name="unetpp",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="high-accuracy",
         family="U-Net",

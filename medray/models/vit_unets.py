@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.models.layers import CONV, CONV_TRANSPOSE, ConvBlock, ResidualBlock, widths
-from medray.models.spec import SEGMENT, ModelSpec, Request
+from medray.models.spec import ModelSpec, Request
 from medray.models.transformer import Block, PositionEmbedding
 from medray.models.unet import Decoder, ResidualEncoder, UNet, halvings
 
@@ -126,7 +126,7 @@ _OPTIONS = frozenset({"feature_size", "dropout", "dropout_kind", "drop_path", "d
 SPECS = (
     ModelSpec(
         name="unetr",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="high-accuracy",
         family="ViT",
@@ -139,7 +139,7 @@ SPECS = (
     ),
     ModelSpec(
         name="transunet",
-        kinds=SEGMENT,
+        dense=True,
         ndims=(2, 3),
         tier="high-accuracy",
         family="ViT",

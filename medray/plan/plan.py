@@ -16,6 +16,7 @@ from medray.data.fingerprint import Fingerprint
 from medray.models.catalogue import lookup
 from medray.models.spec import ModelSpec
 from medray.plan.machine import Machine
+from medray.tasks.catalogue import find_task
 
 Tree = dict[str, Any]
 
@@ -55,7 +56,7 @@ def default_model(fingerprint: Fingerprint, machine: Machine) -> str:
     """
     if fingerprint.columns:
         return "mlp"
-    if fingerprint.task == "segmentation":
+    if find_task(fingerprint.task).dense:
         return "unet"
     thumbnails = fingerprint.ndim == 2 and max(fingerprint.shape_median) <= SMALL_IMAGE
     return "small_cnn" if thumbnails and machine.device == "cpu" else "resnet18"
@@ -85,7 +86,7 @@ def plan(
     spec = lookup(model or default_model(fingerprint, machine))
     geometry = target_geometry(fingerprint)
     tree: Tree = {"task": {"kind": fingerprint.task}, "preprocess": normalisation(fingerprint)}
-    if fingerprint.task == "segmentation":
+    if find_task(fingerprint.task).dense:
         tree["preprocess"]["spacing"] = geometry.spacing
         merge(tree, _segmentation(fingerprint, geometry, machine, spec, horizon or budget or PATIENT))
     else:
@@ -256,19 +257,19 @@ def _classification(fingerprint: Fingerprint, machine: Machine, spec: ModelSpec)
     pixels = math.prod(size)
     share = [n for n in fingerprint.class_cases.values() if n > 0] or [1]
     imbalance = max(share) / min(share)
-    multilabel = fingerprint.task == "multilabel"
+    task = find_task(fingerprint.task)
     sensible = max(4, min(128, (2**21 if gpu else 2**17) // pixels))
     wanted = min(sensible, max(2, fingerprint.cases // 8))
     batch, checkpointing = _fitting(wanted, pixels * 64 * 4 * 16, machine)
     weights = None
-    if imbalance > 1.5 and not multilabel:
+    if imbalance > 1.5 and task.rare_weigh_more:
         # Square-root weights: half way between the data's frequencies and equal classes.
         inverse = [1.0 / math.sqrt(max(fingerprint.class_cases.get(c, 0), 1)) for c in fingerprint.classes]
         weights = [round(w * len(inverse) / sum(inverse), 4) for w in inverse]
     return {
         "preprocess": {"size": size},
         "model": {"name": spec.name} | ({"dropout": 0.2} if "dropout" in spec.options else {}),
-        "loss": {"name": "bce" if multilabel else "cross_entropy", "label_smoothing": 0.05, "class_weights": weights},
+        "loss": {"name": next(iter(task.losses)), "label_smoothing": 0.05, "class_weights": weights},
         "optim": {"name": "adamw", "lr": 1e-3 if max(size) <= SMALL_IMAGE else 3e-4, "weight_decay": 5e-2},
         "schedule": {"name": "cosine", "warmup": 0.05},
         "train": {

@@ -1,6 +1,6 @@
 """Temperature scaling (Guo et al., On Calibration of Modern Neural Networks, ICML 2017).
 
-One number T divides all logits; it changes no argmax, only how sure the model says to be.
+One number T divides all logits: it changes how sure the model says to be, and of a softmax no decision.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.errors import ModelError
-from medray.predict.predictor import Floats, Kind
+from medray.learn.losses import IGNORE
+from medray.predict.predictor import Floats
+from medray.tasks.catalogue import find_task
 
 LOWEST, HIGHEST = 0.05, 20.0
 """Bounds of T: a separable validation set would drive it to 0, a useless model to infinity."""
 
-_IGNORE = 255
 
-
-def fit_temperature(logits: npt.NDArray[Any], targets: npt.NDArray[Any], kind: Kind) -> float:
+def fit_temperature(logits: npt.NDArray[Any], targets: npt.NDArray[Any], kind: str) -> float:
     """The temperature with the smallest negative log-likelihood.
 
     Args:
-        logits: (N, K). For segmentation each row is a voxel: see :func:`sample_voxels`.
-        targets: (N,) class indices, or (N, K) zeros and ones for multilabel. 255 is ignored.
+        logits: (N, O). For segmentation each row is a voxel: see :func:`sample_voxels`.
+        targets: (N,) class indices, or (N, K) zeros and ones of several labels. 255 is ignored.
         kind: of the task.
 
     Returns:
@@ -33,19 +33,19 @@ def fit_temperature(logits: npt.NDArray[Any], targets: npt.NDArray[Any], kind: K
     Raises:
         ModelError: shapes that do not belong together, or logits that are not finite.
     """
+    task = find_task(kind)
     scores = np.asarray(logits, dtype=np.float64)
     truth = np.asarray(targets)
-    if scores.ndim != 2 or truth.shape != (scores.shape if kind == "multilabel" else scores.shape[:1]):
+    several = task.target == "labels"
+    if scores.ndim != 2 or truth.shape != (scores.shape if several else scores.shape[:1]):
         raise ModelError(
-            f"calibration of {kind} got logits {scores.shape} and targets {truth.shape}; it takes (N, K) and "
-            + ("(N, K)" if kind == "multilabel" else "(N,)")
+            f"calibration of {kind} got logits {scores.shape} and targets {truth.shape}; it takes (N, O) and "
+            + ("(N, K)" if several else "(N,)")
         )
     if not np.isfinite(scores).all():
         raise ModelError("calibration got logits that are not finite; the model is broken, not only badly calibrated")
-    if kind == "multilabel":  # each label is a two-class problem: softmax over (0, z) is the logistic function of z
-        scores = np.stack([np.zeros(scores.size), scores.ravel()], axis=1)
-        truth = truth.ravel()
-    known = truth != _IGNORE
+    scores, truth = task.calibration(scores, truth)
+    known = truth != IGNORE
     scores, truth = scores[known], truth[known].astype(np.int64)
     if not len(truth):
         return 1.0
@@ -84,7 +84,7 @@ def sample_voxels(
     Returns:
         (n, K) float32 log-probabilities (logits up to a constant) and (n,) int64 labels.
     """
-    flat = np.flatnonzero(np.asarray(target).ravel() != _IGNORE)
+    flat = np.flatnonzero(np.asarray(target).ravel() != IGNORE)
     if len(flat) > count:
         flat = np.sort(np.random.default_rng(seed).choice(flat, size=count, replace=False))
     chosen = probabilities.reshape(len(probabilities), -1)[:, flat].T

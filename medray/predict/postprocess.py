@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from medray.errors import ModelError
 
 
 def keep_largest(labels: npt.NDArray[np.integer[Any]], num_classes: int) -> npt.NDArray[np.integer[Any]]:
@@ -61,10 +58,3 @@ def fit_thresholds(probabilities: npt.NDArray[Any], targets: npt.NDArray[Any]) -
         edges = np.concatenate([[0.0], values, [1.0]])
         chosen.append(float((edges[index] + edges[index + 1]) / 2))
     return tuple(chosen)
-
-
-def decide(probabilities: npt.NDArray[Any], thresholds: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Multilabel decisions (N, K) of zeros and ones: the probability reaches the label's threshold."""
-    if probabilities.shape[-1] != len(thresholds):
-        raise ModelError(f"{len(thresholds)} thresholds for {probabilities.shape[-1]} labels: give one a label")
-    return (probabilities >= np.asarray(thresholds)).astype(np.int64)

@@ -15,7 +15,8 @@ import torch
 
 from medray.data.preprocess import OUTSIDE
 from medray.errors import ModelError
-from medray.predict.predictor import Callback, Floats, softmax
+from medray.learn.activations import softmax
+from medray.predict.predictor import Callback, Floats
 
 
 def segment(
@@ -149,7 +150,7 @@ def segment_labels(
 
 
 def classify(predictor: Callback, arrays: Floats, *, flip_axes: Sequence[int] = (), batch_size: int = 64) -> Floats:
-    """Logits (N, K) of prepared images (N, C, *s), ``batch_size`` at once, averaged over mirror images."""
+    """Logits (N, O) of prepared images (N, C, *s), ``batch_size`` at once, averaged over mirror images."""
     if not len(arrays):
         raise ModelError("classify got no image; give at least one")
     _check(arrays[0], None, 0.0, flip_axes)

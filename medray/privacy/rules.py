@@ -8,6 +8,7 @@ from typing import Any
 
 from medray.config.schema import Experiment
 from medray.errors import PrivacyError
+from medray.tasks.catalogue import find_task
 
 __all__ = ["PASSES", "adapted", "check_private", "private_layer"]
 
@@ -99,11 +100,10 @@ def check_private(experiment: Experiment, *, kind: str) -> None:
     if not experiment.privacy.on:
         return
     train, loss = experiment.train, experiment.loss
-    weighted = loss.class_weights is not None and kind == "classification" and loss.name != "bce"
+    form = find_task(kind).target
+    weighted = loss.class_weights is not None and form == "class" and loss.name != "bce"
     over_batch = (
-        loss.batch_dice
-        and loss.name in ("dice", "dice_ce", "dice_heteroscedastic", "tversky")
-        and kind == "segmentation"
+        loss.batch_dice and loss.name in ("dice", "dice_ce", "dice_heteroscedastic", "tversky") and form == "mask"
     )
     precise = train.precision in ("auto", "fp32")
     wrong = [

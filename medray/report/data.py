@@ -227,7 +227,9 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationResults:
-    confusion: npt.NDArray[np.int64] = field(metadata={"shape": "(K, K): rows true, columns predicted"})
+    confusion: npt.NDArray[np.int64] | None = field(
+        metadata={"shape": "(K, K): rows true, columns predicted; None but where a case has one class"}
+    )
     roc: tuple[Curve, ...]
     pr: tuple[Curve, ...]
     reliability: tuple[Curve, ...] = field(metadata={"lines": "before and after temperature scaling"})

@@ -78,7 +78,7 @@ def _plots(data: ReportData) -> dict[str, Any]:
         found["robustness"] = plots.robustness(data.robustness, data.gain.metric)
     if data.classification is not None:
         result = data.classification
-        if data.data.task != "multilabel":
+        if result.confusion is not None:
             found["confusion"] = plots.confusion(result.confusion, data.data.classes)
         found["roc"] = plots.roc(result.roc)
         found["pr"] = plots.precision_recall(result.pr)

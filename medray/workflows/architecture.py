@@ -30,7 +30,6 @@ from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
 from medray.engines.ray.remote import call_all
 from medray.errors import ConfigError, MedrayError, StudyError
-from medray.learn.losses import build_loss
 from medray.models.catalogue import lookup
 from medray.models.cells import Plan
 from medray.report.cells import draw_cells
@@ -39,6 +38,7 @@ from medray.search.nas.loop import Found, load_found, search
 from medray.search.nas.strategies import strategy
 from medray.search.nas.strategy import Problem
 from medray.search.nas.supernet import SuperNetwork
+from medray.tasks.catalogue import build_loss, find_task
 from medray.train.precision import lay_out, resolve_device, resolve_precision
 from medray.train.progress import Progress
 from medray.train.runtime import LocalRuntime, Runtime
@@ -108,7 +108,7 @@ def filled(space: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def kind_of(manifest: Manifest) -> str:
     """Which networks of cells do the task."""
-    return "segmentation" if manifest.task == "segmentation" else "classification"
+    return "segmentation" if find_task(manifest.task).dense else "classification"
 
 
 def stand_in(manifest: Manifest, nas: NasConfig) -> Genotype:
@@ -210,7 +210,7 @@ def _search(task: SearchTask, runtime: Runtime, _report: Callable[[Progress], bo
     """Search, alone or as one of a group."""
     recipe, nas, manifest = task.recipe, task.nas, task.recipe.manifest
     experiment = search_experiment(recipe, nas)
-    store, kind, classes = open_store(recipe, experiment), manifest.task, outputs(manifest)
+    store, kind, classes = open_store(recipe, experiment), manifest.task, len(manifest.classes)
     halves = halve(manifest, recipe.splits(experiment).train, experiment.split.seed)
     loaders = [train_loader(store, half, experiment, kind=kind, num_classes=classes, workers=0) for half in halves]
     if not runtime.is_alone:
@@ -247,12 +247,13 @@ def _search(task: SearchTask, runtime: Runtime, _report: Callable[[Progress], bo
 def search_experiment(recipe: Recipe, nas: NasConfig) -> Experiment:
     """How images reach the super-network: as they will reach the discrete one, in smaller batches and patches."""
     own: dict[str, Any] = {NAME: stand_in(recipe.manifest, nas).name}
-    if recipe.manifest.task != "segmentation":
+    dense = find_task(recipe.manifest.task).dense
+    if not dense:
         own |= {"train.mixup": 0.0, "train.cutmix": 0.0}
     experiment = recipe.experiment(own)
     train, loss = experiment.train, experiment.loss
     changed: dict[str, Any] = {"batch_size": min(train.batch_size, nas.batch_size), "micro_batch": None, "workers": 1}
-    if train.patch_size is not None and recipe.manifest.task == "segmentation":
+    if train.patch_size is not None and dense:
         changed["patch_size"] = _smaller(
             train.patch_size,
             lookup(experiment.model.name).smallest(

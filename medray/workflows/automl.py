@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AutoML", "Champion", "Report"]
 
-Task = Literal["classification", "multilabel", "segmentation"]
-
 _SHOWN = ("stage", "trial-completed", "trial-pruned", "trial-failed", "note", "done")
-_LESS_IS_BETTER = ("log_loss", "brier")
 _FILES = ("image", "mask", "valid")
 """Columns of a table whose cells are files; ``image_*`` too."""
 
@@ -99,7 +96,7 @@ class AutoML:
         data: a folder, table, ``.npz``, ``dataset.json`` or ``phantom://NAME``; or a pandas.DataFrame with the columns
             of such a table (``image`` and ``label`` or ``mask``; ``patient``, ``site``, ``split``), whose files are
             relative to the working directory.
-        task: None finds out.
+        task: classification, multilabel, segmentation or ordinal; None finds out.
         metric: what is searched for, such as ``auc``, ``balanced_accuracy`` or ``dice``; a mapping of several to their
             directions makes a trade-off: ``{"val/dice": "max", "latency_ms": "min"}``. None: the task's own.
         trials: at most so many.
@@ -120,7 +117,7 @@ class AutoML:
         self,
         data: str | Path | pd.DataFrame,
         *,
-        task: Task | None = None,
+        task: str | None = None,
         metric: str | Mapping[str, Literal["max", "min"]] | None = None,
         trials: int | None = None,
         budget: float | str | None = None,
@@ -307,8 +304,10 @@ def _narrate(event: StudyEvent) -> None:
 def _objectives(metric: str | Mapping[str, Literal["max", "min"]]) -> dict[str, str]:
     if not isinstance(metric, str):
         return dict(metric)
+    from medray.tasks.catalogue import direction_of
+
     name = metric.removeprefix("val/")
-    return {f"val/{name}": "min" if name in _LESS_IS_BETTER else "max"}
+    return {f"val/{name}": direction_of(name)}
 
 
 def _source(data: str | Path | pd.DataFrame, runs: Path) -> tuple[str, tuple[Path, str] | None]:

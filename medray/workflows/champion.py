@@ -21,7 +21,7 @@ from torch import nn
 
 from medray.bundle.ensemble import Rule
 from medray.data.image import Image
-from medray.data.manifest import IGNORE, Case, TaskKind
+from medray.data.manifest import IGNORE, Case
 from medray.data.preprocess import Preprocessor
 from medray.data.readers import read_case
 from medray.learn.intervals import Interval, bootstrap, paired_bootstrap
@@ -31,10 +31,12 @@ from medray.predict.calibration import fit_temperature, sample_voxels
 from medray.predict.postprocess import keep_largest
 from medray.predict.predictor import Floats, probabilities
 from medray.predict.sliding import classify
+from medray.tasks.catalogue import find_task
+from medray.tasks.task import Direction, Task
 from medray.train.precision import resolve_device
-from medray.workflows.judging import Direction, all_metrics, measure, predictor_of, segment_prepared, spread
+from medray.workflows.judging import predictor_of, segment_prepared, spread
 from medray.workflows.recipe import Recipe
-from medray.workflows.training import Network, Trained, new_model, outputs
+from medray.workflows.training import Network, Trained, new_model
 
 Corrupt = Callable[[Image], Image]
 
@@ -69,11 +71,11 @@ class Scores:
         indices: of the manifest's cases.
         groups: (N,) the patient of each.
         dice, hd95: (N, K - 1) per foreground class, NaN where it is absent in both; segmentation.
-        logits, targets: (N, K) and (N,) or (N, K); classification. Voxel samples for calibration in segmentation.
+        logits, targets: (N, O) and (N,) or (N, K). Voxel samples for calibration in segmentation.
         sampled: (N,) how many of those voxels are of each case; segmentation.
     """
 
-    kind: TaskKind
+    kind: str
     indices: tuple[int, ...]
     groups: npt.NDArray[np.str_]
     dice: npt.NDArray[np.float64] | None = None
@@ -84,9 +86,14 @@ class Scores:
     metric: str = "dice"
 
     @property
+    def task(self) -> Task:
+        """What was scored."""
+        return find_task(self.kind)
+
+    @property
     def arrays(self) -> tuple[npt.NDArray[Any], ...]:
         """What :attr:`statistic` takes: rows are cases."""
-        if self.kind == "segmentation":
+        if self.task.dense:
             assert self.dice is not None
             return (self.dice,)
         assert self.logits is not None and self.targets is not None
@@ -94,12 +101,21 @@ class Scores:
 
     def statistic(self, *arrays: npt.NDArray[Any]) -> float:
         """The study's metric of some rows; NaN where it isn't defined."""
-        return measure(self.kind, self.metric, *arrays)
+        return self.task.measure(self.metric, *arrays)
 
     @property
     def value(self) -> float:
         """The study's metric over all cases."""
         return self.statistic(*self.arrays)
+
+    @property
+    def tie(self) -> float:
+        """The more of it, the better between equals; 0 where the task has no such figure, the least where it isn't
+        defined."""
+        if self.task.tie is None:
+            return 0.0
+        found = self.task.measure(self.task.tie, *self.arrays)
+        return -found if np.isfinite(found) else -math.inf
 
     def interval(self, *, n: int = 2000) -> Interval:
         """The value with its 95 % bootstrap interval over patients, of ``n`` draws."""
@@ -107,14 +123,14 @@ class Scores:
 
     def intervals(self) -> dict[str, Interval]:
         """Every metric that a report shows, each with its interval."""
-        if self.kind == "segmentation":
+        if self.task.dense:
             found = {"dice": self.interval()}
             if self.hd95 is not None:
                 found["hd95"] = bootstrap(self.hd95, _nanmean, groups=self.groups)
             return found
-        names = all_metrics(self.kind, *self.arrays)
+        names = self.task.measures(*self.arrays)
         return {
-            name: bootstrap(self.arrays, partial(measure, self.kind, name), groups=self.groups, n=500) for name in names
+            name: bootstrap(self.arrays, partial(self.task.measure, name), groups=self.groups, n=500) for name in names
         }
 
 
@@ -177,7 +193,7 @@ class Answers:
         self._seconds: dict[int, list[float]] = {}
 
     def get(self, member: Network, index: int) -> Floats | None:
-        """Logits (K,) or probabilities (K, *s) of a case, if they are kept."""
+        """Logits (O,) or probabilities (K, *s) of a case, if they are kept."""
         return self._kept.get((id(member), index))
 
     def put(self, member: Network, index: int, answer: Floats, seconds: float | None = None) -> None:
@@ -232,7 +248,7 @@ def score(
     """
     known = Answers(limit=0) if known is None else known
     manifest = recipe.manifest
-    kind, classes = manifest.task, outputs(manifest)
+    task, classes = find_task(manifest.task), len(manifest.classes)
     tallies = {candidate.name: _Tally() for candidate in candidates}
     done: list[int] = []
     members = {id(member): member for candidate in candidates for member in candidate.members}
@@ -260,7 +276,7 @@ def score(
                 answers[key] = said
                 continue
             began = time.monotonic()
-            if kind == "segmentation":
+            if task.dense:
                 answers[key] = segment_prepared(predictors[key], array, member.experiment)
             else:
                 flips = member.experiment.augment.flip_axes if member.experiment.inference.tta else ()
@@ -270,8 +286,8 @@ def score(
             tally = tallies[candidate.name]
             parts = [answers[id(member)] for member in candidate.members]
             weights = candidate.by_case.get(index, candidate.weights)
-            if kind != "segmentation":
-                tally.logits.append(_mean_logits(parts, kind, weights, candidate.rule))
+            if not task.dense:
+                tally.logits.append(_mean_logits(parts, task, weights, candidate.rule))
                 tally.targets.append(case.label)
                 continue
             assert mask is not None
@@ -295,12 +311,12 @@ def score(
             tally.targets.append(targets)
             tally.sampled.append(len(targets))
         done.append(index)
-    return {name: _collect(kind, metric, tally, done, manifest.cases) for name, tally in tallies.items()}
+    return {name: _collect(manifest.task, metric, tally, done, manifest.cases) for name, tally in tallies.items()}
 
 
-def _collect(kind: TaskKind, metric: str, tally: _Tally, done: list[int], cases: Sequence[Case]) -> Scores:
+def _collect(kind: str, metric: str, tally: _Tally, done: list[int], cases: Sequence[Case]) -> Scores:
     groups = np.asarray([cases[index].group for index in done])
-    if kind == "segmentation":
+    if find_task(kind).dense:
         return Scores(
             kind=kind,
             metric=metric,
@@ -335,30 +351,23 @@ def _mean(parts: Sequence[Floats], weights: Sequence[float] | None = None) -> Fl
 
 
 def _mean_logits(
-    parts: Sequence[Floats], kind: TaskKind, weights: Sequence[float] | None = None, rule: Rule = "mean"
+    parts: Sequence[Floats], task: Task, weights: Sequence[float] | None = None, rule: Rule = "mean"
 ) -> Floats:
     """Logits of the mean probability, or of the votes, as :class:`medray.bundle.ensemble.EnsembleModel` gives them."""
     if len(parts) == 1:
         return parts[0]
-    logits = np.stack(parts).astype(np.float64)
-    count, classes = logits.shape
+    logits = [torch.from_numpy(part[None].astype(np.float64)) for part in parts]
     if rule == "vote":
-        if kind == "multilabel":
-            yes = (logits > 0).sum(axis=0)
-            return (np.log(yes + 0.5) - np.log(count - yes + 0.5)).astype(np.float32)
-        votes = np.bincount(logits.argmax(axis=1), minlength=classes)
-        return np.log((votes + 1 / classes) / (count + 1)).astype(np.float32)
-    with np.errstate(divide="ignore"):  # a weight of 0
-        shares = np.log([1 / count] * count if weights is None else list(weights))[:, None]
-    if kind == "multilabel":
-        yes, no = shares - np.logaddexp(0.0, -logits), shares - np.logaddexp(0.0, logits)
-        return (np.logaddexp.reduce(yes, axis=0) - np.logaddexp.reduce(no, axis=0)).astype(np.float32)
-    mixed = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True) + shares
-    return np.logaddexp.reduce(mixed, axis=0).astype(np.float32)
+        mixed = task.vote(logits)
+    else:
+        shares = torch.tensor([1 / len(parts)] * len(parts) if weights is None else list(weights), dtype=torch.float64)
+        mixed = task.mix(logits, shares.log())
+    found: Floats = mixed[0].numpy().astype(np.float32)
+    return found
 
 
 def choose(scores: Mapping[str, Scores], first: str, direction: Direction) -> str:
-    """The candidate with the best validation score; on a tie the smaller log loss, then the earlier one.
+    """The candidate with the best validation score; on a tie the better calibrated, then the earlier one.
 
     Args:
         scores: by candidate, on validation cases.
@@ -372,8 +381,7 @@ def choose(scores: Mapping[str, Scores], first: str, direction: Direction) -> st
 
     def rank(name: str) -> tuple[float, float]:
         found = scores[name]
-        tie = 0.0 if found.kind == "segmentation" else -measure(found.kind, "log_loss", *found.arrays)
-        return sign * round(found.value, 6), tie
+        return sign * round(found.value, 6), found.tie
 
     return max(defined, key=rank)
 
@@ -399,7 +407,7 @@ def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray
         for m in candidate.members
     ]
     labels = preprocessor.restore_argmax(_mean(parts, candidate.weights), geometry)
-    return keep_largest(labels, outputs(manifest)) if lead.inference.keep_largest else labels
+    return keep_largest(labels, len(manifest.classes)) if lead.inference.keep_largest else labels
 
 
 def time_case(recipe: Recipe, indices: Sequence[int], metric: str, *, repeats: int = 3) -> float:

@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 from medray.bundle.engines import Selection
 from medray.data.writers.atomic import appearing
 from medray.errors import MedrayError, ServingError
+from medray.tasks.catalogue import find_task
 from medray.workflows.inputs import Input, expand
 from medray.workflows.prediction import Answer, PredictionSummary, Progress, write_summary
 
@@ -256,13 +257,13 @@ def predict_by_server(
         directory=out_dir,
         answers=tuple(answers),
     )
-    write_summary(summary, tuple(served["classes"]), table=served["task"] != "segmentation")
+    write_summary(summary, tuple(served["classes"]), table=not find_task(served["task"]).dense)
     return summary
 
 
 def _answer(client: Client, item: Input, served: dict[str, Any], out_dir: Path) -> Answer:
     (reference,) = item.references
-    if served["task"] != "segmentation":
+    if not find_task(served["task"]).dense:
         found = client.predict(reference, model=served["name"], version=served["version"])
         return Answer(
             image=reference,

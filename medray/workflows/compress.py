@@ -30,10 +30,10 @@ from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 from medray.data.loader import train_loader
 from medray.errors import CompressionError, MedrayError
-from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model, lookup
 from medray.predict.postprocess import fit_thresholds
 from medray.predict.predictor import probabilities
+from medray.tasks.catalogue import build_loss, find_task
 from medray.train.fit import fit
 from medray.train.precision import resolve_device
 from medray.train.progress import FitResult
@@ -41,10 +41,10 @@ from medray.train.runtime import LocalRuntime
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.gate import Verdict, calibration_batches, judge, score_bundle
-from medray.workflows.judging import OBJECTIVE, make_validate
+from medray.workflows.judging import make_validate
 from medray.workflows.planning import default_cache, dump, prepare_directory
 from medray.workflows.recipe import Recipe
-from medray.workflows.training import Network, new_model, open_store, outputs
+from medray.workflows.training import Network, new_model, open_store
 
 Note = Callable[[str], None]
 """Told what is being done, a sentence at a time."""
@@ -320,11 +320,11 @@ def _prune(state: _State, recipe: Recipe, ratio: float, directory: Path) -> tupl
         kind=spec.kind,
         ndim=spec.ndim,
         in_channels=spec.channels,
-        num_outputs=len(spec.classes),
+        num_outputs=spec.outputs,
         patch_size=spec.inference.patch_size or spec.preprocess.size,
     )
     example = torch.from_numpy(source.golden()[0][:1])
-    cut = prune(source.model(), ratio, example, outputs=len(spec.classes), wide=wide)
+    cut = prune(source.model(), ratio, example, outputs=spec.outputs, wide=wide)
     optim = state.experiment.optim
     # What is left knows most of it already: a smaller rate keeps that.
     experiment = state.experiment.model_copy(
@@ -362,7 +362,7 @@ def _fit(recipe: Recipe, experiment: Experiment, model: nn.Module, loss: nn.Modu
     """Train by the same fit() as any trial; the folder keeps what it was trained by."""
     manifest, runtime = recipe.manifest, LocalRuntime(resolve_device(experiment.device))
     store, splits = open_store(recipe, experiment), recipe.splits(experiment)
-    kind, classes = manifest.task, outputs(manifest)
+    kind, classes = manifest.task, len(manifest.classes)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "experiment.yaml").write_text(dump(experiment), encoding="utf-8")
     return fit(
@@ -371,7 +371,7 @@ def _fit(recipe: Recipe, experiment: Experiment, model: nn.Module, loss: nn.Modu
         train_loader(store, splits.train, experiment, kind=kind, num_classes=classes),
         loss,
         validate=make_validate(store, splits.val, experiment, kind=kind, num_classes=classes, runtime=runtime),
-        objective=OBJECTIVE[kind],
+        objective=find_task(kind).objective,
         runtime=runtime,
     )
 
@@ -388,13 +388,13 @@ def _write(
     """A bundle of newly trained weights, calibrated anew on validation cases."""
     spec, indices = state.bundle.spec, recipe.splits(experiment).val
     candidate = Candidate(name="compressed", members=(Network(model=model.eval(), experiment=experiment),))
-    metric = OBJECTIVE[spec.kind][0].removeprefix("val/")
+    metric = find_task(spec.kind).objective[0].removeprefix("val/")
     scores = choosing.score(recipe, [candidate], indices, metric=metric)["compressed"]
     temperature = choosing.temperature_of(scores)
     thresholds = None
-    if spec.kind == "multilabel":
+    if spec.task.thresholds:
         assert scores.logits is not None and scores.targets is not None
-        thresholds = fit_thresholds(probabilities(scores.logits, "multilabel", temperature), scores.targets)
+        thresholds = fit_thresholds(probabilities(scores.logits, spec.kind, temperature), scores.targets)
     divisor = lookup(experiment.model.name).divisor(experiment.model, spec.ndim)
     return write_bundle(
         directory / "bundle",

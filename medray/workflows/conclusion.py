@@ -37,6 +37,7 @@ from medray.report.data import (
 )
 from medray.report.render import write_report
 from medray.search.trial import TrialRecord
+from medray.tasks.catalogue import find_task
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.contest import Conclusion, Contest, hold_contest, robustness_seconds
@@ -120,7 +121,7 @@ def conclude(asked: Conclusion) -> Concluded:
     bundle_seconds = _write_bundle(asked, champion, temperature, on_validation[winner], metrics, notes)
     robustness = _robustness(asked, champion, splits.test or splits.val, metric, case_seconds)
     classification = segmentation = None
-    if best.kind == "segmentation":
+    if best.task.dense:
         segmentation = segmentation_results(recipe, champion, best)
     else:
         classification = classification_results(recipe, best, temperature)
@@ -209,7 +210,7 @@ def _robustness(
     allowed = robustness_seconds(asked.study.budget)
     levels = (1, 2, 3) if 4 * per_case * (3 * len(CORRUPTIONS) + 1) <= allowed else (2,)
     affordable = int(allowed / max(per_case, 1e-4) / (len(levels) * len(CORRUPTIONS) + 1))
-    few, many = (4, 16) if asked.recipe.manifest.task == "segmentation" else (30, 200)
+    few, many = (4, 16) if find_task(asked.recipe.manifest.task).dense else (30, 200)
     chosen = spread(indices, min(many, max(few, affordable)))
     rows = []
     plan: list[tuple[str, int, Any]] = [("none", 0, None)]

@@ -15,11 +15,12 @@ from medray.errors import MedrayError
 from medray.search.nas.loop import Found
 from medray.search.selection import Chooser
 from medray.search.trial import TrialRecord
+from medray.tasks.task import Direction
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Answers, Candidate, Scores
 from medray.workflows.clock import Clock
 from medray.workflows.ensembles import MOST, further, greedy_soup
-from medray.workflows.judging import Direction, spread
+from medray.workflows.judging import spread
 from medray.workflows.predictions import NAME as PREDICTIONS
 from medray.workflows.recipe import Recipe
 from medray.workflows.selecting import Crowning, Quiet, crown

@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medray.data.manifest import IGNORE, TaskKind
+from medray.data.manifest import IGNORE
 from medray.learn.metrics import mean_over_cases
 from medray.predict.predictor import probabilities
+from medray.tasks.catalogue import find_task
+from medray.tasks.task import Direction
 from medray.workflows.champion import Answers, Candidate, Scores, score, sees_alike, soup_of
-from medray.workflows.judging import Direction, measure
 from medray.workflows.predictions import load_predictions
 from medray.workflows.recipe import Recipe
-from medray.workflows.training import Network, Trained
+from medray.workflows.training import Network, Trained, outputs
 
 Table = npt.NDArray[np.float64]
 
@@ -59,7 +60,7 @@ class _Said:
         groups: (N,) the patient of each case.
     """
 
-    kind: TaskKind
+    kind: str
     metric: str
     shares: Table
     targets: npt.NDArray[np.int64]
@@ -73,8 +74,9 @@ class _Said:
 
     def value(self, shares: Table) -> float:
         """The study's metric of mixed probabilities (R, K); of voxels, Dice over all that were sampled."""
-        if self.kind != "segmentation":
-            return measure(self.kind, self.metric, self.targets, shares)
+        task = find_task(self.kind)
+        if not task.dense:
+            return task.measure(self.metric, self.targets, shares)
         found, classes = shares.argmax(axis=1), shares.shape[1]
         dice = []
         for k in range(1, classes):
@@ -118,7 +120,7 @@ def greedy(direction: Direction) -> Fit:
 def stack(said: _Said) -> Table:
     """Weights of the mixture with the highest likelihood, each case counting once, under the prior."""
     members = len(said.shares)
-    if said.kind == "multilabel":
+    if said.targets.ndim == 2:  # several labels
         truth = said.targets.astype(bool)
         likelihood = np.where(truth, said.shares, 1 - said.shares).reshape(members, -1)
         case = np.repeat(said.case, said.targets.shape[1])
@@ -183,7 +185,7 @@ def further(
     found: list[tuple[Candidate, Candidate]] = []  # to judge, to export
     flips = any(network.experiment.inference.tta for network in networks)
     finalists = networks[: len([1 for _, trained in singles if sees_alike(trained, networks[0])])]
-    if lead.kind != "segmentation" and not flips and len(finalists) > 2:
+    if not lead.task.dense and not flips and len(finalists) > 2:
         vote = Candidate(name=f"vote of {len(finalists)}", members=tuple(finalists), rule="vote")
         found.append((vote, vote))
     if len(set(lead.groups.tolist())) >= FEWEST_PATIENTS:
@@ -261,10 +263,10 @@ def _library(
     """The finalists that see images as the first does, then such trials; their predictions are put into ``known``."""
     first = singles[0][1]
     networks: list[Network] = [trained for _, trained in singles if sees_alike(trained, first)]
-    for _, trained in library if lead.kind != "segmentation" else ():
+    for _, trained in library if not lead.task.dense else ():
         if not sees_alike(trained, first):
             continue
-        rows = load_predictions(trained.directory, lead.indices, classes=len(recipe.manifest.classes))
+        rows = load_predictions(trained.directory, lead.indices, outputs=outputs(recipe.manifest))
         if rows is not None:
             for index, row in zip(lead.indices, rows, strict=True):
                 known.put(trained, index, row)
@@ -275,7 +277,7 @@ def _library(
 def _said(recipe: Recipe, networks: Sequence[Network], lead: Scores, known: Answers) -> _Said:
     targets, case = lead.targets, np.arange(len(lead.indices))
     assert targets is not None
-    if lead.kind == "segmentation":
+    if lead.task.dense:
         # The same voxels of every network: they are drawn by the case's number.
         alone = [Candidate(name=str(place), members=(network,)) for place, network in enumerate(networks)]
         found = score(recipe, alone, lead.indices, metric=lead.metric, known=known)
@@ -284,8 +286,8 @@ def _said(recipe: Recipe, networks: Sequence[Network], lead: Scores, known: Answ
     else:
         logits = [np.stack([known.get(network, index) for index in lead.indices]) for network in networks]  # type: ignore[misc]
     shares = np.stack([probabilities(rows, lead.kind) for rows in logits]).astype(np.float64)
-    seen = np.ones(len(case), bool) if lead.kind == "multilabel" else targets != IGNORE
-    if lead.kind == "segmentation":
+    seen = np.ones(len(case), bool) if targets.ndim == 2 else targets != IGNORE
+    if lead.task.dense:
         seen &= np.arange(len(case)) % max(1, len(case) // ROWS) == 0
     return _Said(
         kind=lead.kind,

@@ -16,19 +16,12 @@ import numpy.typing as npt
 from medray.bundle.read import Bundle, RuntimeChoice
 from medray.data.image import Image, Mask
 from medray.data.layouts import build_manifest
-from medray.data.manifest import IGNORE, Case, Manifest, Split, TaskKind
+from medray.data.manifest import IGNORE, Case, Manifest, Split
 from medray.data.readers import read_case
 from medray.data.writers.atomic import appearing
 from medray.errors import BundleError, DataError, MedrayError
 from medray.learn.intervals import Interval, bootstrap, paired_bootstrap
-from medray.learn.metrics import (
-    classification_metrics,
-    confusion_matrix,
-    dice_per_class,
-    hd95_per_class,
-    mean_over_cases,
-    multilabel_metrics,
-)
+from medray.learn.metrics import confusion_matrix, dice_per_class, hd95_per_class, mean_over_cases
 from medray.predict.predictor import Predictor
 
 Array = npt.NDArray[Any]
@@ -36,7 +29,6 @@ Progress = Callable[[int, int, str], None]
 """(cases done, cases in all, the id of the last one)"""
 
 DRAWS = 1000
-CLASSIFICATION = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece", "brier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,7 @@ class Evaluation:
         metrics: by name: value and 95 % interval (bootstrap over patients). Segmentation: dice and hd95_mm (mean over
             cases of each class, then over classes), and each of them by class as ``dice/NAME``.
         sites: the same for each site, with its number of cases.
-        confusion: (K, K) rows true, columns predicted (classification).
+        confusion: (K, K) rows true, columns predicted; None but where a case has one class.
         rows: one dictionary a case: id, patient, site and its figures.
         failed: id and reason of cases that could not be scored; they count in no figure.
         notes: what a reader of the figures has to know.
@@ -64,7 +56,7 @@ class Evaluation:
 
     bundle: str
     data: str
-    kind: TaskKind
+    kind: str
     runtime: str
     split: str
     cases: int
@@ -205,7 +197,7 @@ def _trained_on(bundle: Bundle) -> str | None:
     return tree.get("data") if isinstance(tree, dict) else None
 
 
-def _manifest(data: str | Manifest, kind: TaskKind) -> Manifest:
+def _manifest(data: str | Manifest, kind: str) -> Manifest:
     found = data if isinstance(data, Manifest) else build_manifest(data, task=kind)
     if found.task != kind:
         raise DataError(
@@ -218,7 +210,7 @@ def _mapping(manifest: Manifest, bundle: Bundle, notes: list[str]) -> Array:
     """For each class of the data, its index in the bundle: by name, or by order where no name is known."""
     known = {name: index for index, name in enumerate(bundle.spec.classes)}
     named = [known.get(name) for name in manifest.classes]
-    if bundle.spec.kind == "segmentation":
+    if bundle.spec.task.dense:
         named[0] = 0  # background, whatever it is called
     missing = [name for name, index in zip(manifest.classes, named, strict=True) if index is None]
     if not missing:
@@ -260,9 +252,9 @@ def _score(
     valid: Mask | None,
     mapping: Array,
 ) -> tuple[Array, ...]:
-    """Segmentation: (Dice (K-1,), HD95 in mm (K-1,)). Classification: (target, probabilities (K,))."""
+    """Segmentation: (Dice (K-1,), HD95 in mm (K-1,)). Else: (target, probabilities (K,))."""
     found = bundle.predict(image, engine)
-    if bundle.spec.kind != "segmentation":
+    if not bundle.spec.task.dense:
         assert found.probabilities is not None
         if case.label is None:
             raise DataError(f"case {case.id}: has no label")
@@ -305,20 +297,17 @@ class _Remembered:
 
 def _scores(bundle: Bundle, rows: list[tuple[Array, ...]]) -> _Scores:
     arrays = tuple(np.stack([row[part] for row in rows]) for part in range(2))
-    spec = bundle.spec
+    spec, task = bundle.spec, bundle.spec.task
     statistics: dict[str, Callable[..., float]] = {}
-    if spec.kind == "segmentation":
+    if task.dense:
         statistics["dice"] = lambda dice, _: mean_over_cases(dice)
         statistics["hd95_mm"] = lambda _, distance: mean_over_cases(distance)
         for index, name in enumerate(spec.classes[1:]):
             statistics[f"dice/{name}"] = lambda dice, _, index=index: mean_over_cases(dice[:, index : index + 1])
             statistics[f"hd95_mm/{name}"] = lambda _, far, index=index: mean_over_cases(far[:, index : index + 1])
     else:
-        cut = np.asarray(spec.thresholds or (0.5,) * len(spec.classes))
-        whole = _Remembered(
-            classification_metrics if spec.kind == "classification" else lambda t, p: multilabel_metrics(t, p, cut)
-        )
-        for name in CLASSIFICATION:
+        whole = _Remembered(lambda truth, p: task.measures(truth, p, spec.thresholds))
+        for name in task.evaluated:
             statistics[name] = lambda truth, p, name=name: whole(truth, p)[name]
     return _Scores(arrays, statistics)
 
@@ -342,10 +331,10 @@ def _by_site(scores: _Scores, cases: Sequence[Case], seed: int) -> dict[str, dic
 
 
 def _confusion(bundle: Bundle, rows: list[tuple[Array, ...]]) -> list[list[int]] | None:
-    if bundle.spec.kind != "classification":
+    if bundle.spec.task.target != "class":
         return None
     labels = np.array([int(label) for label, _ in rows])
-    predicted = np.array([int(p.argmax()) for _, p in rows])
+    predicted = bundle.spec.task.decide(np.stack([p for _, p in rows]))
     matrix: list[list[int]] = confusion_matrix(labels, predicted, len(bundle.spec.classes)).tolist()
     return matrix
 
@@ -353,7 +342,7 @@ def _confusion(bundle: Bundle, rows: list[tuple[Array, ...]]) -> list[list[int]]
 def _row(bundle: Bundle, case: Case, row: tuple[Array, ...]) -> dict[str, Any]:
     spec = bundle.spec
     found: dict[str, Any] = {"id": case.id, "patient": case.patient, "site": case.site}
-    if spec.kind == "segmentation":
+    if spec.task.dense:
         for name, dice, distance in zip(spec.classes[1:], *row, strict=True):
             found |= {f"dice/{name}": float(dice), f"hd95_mm/{name}": float(distance)}
         return found

@@ -24,9 +24,6 @@ from medray.workflows.champion import Scores, difference
 from medray.workflows.judging import spread
 from medray.workflows.recipe import Recipe
 
-METRICS = {"segmentation": ("dice",), "classification": ("auc", "accuracy"), "multilabel": ("auc",)}
-"""What may not fall: the study's own measure, and for classes also the decision that a user sees."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -86,7 +83,7 @@ Side = tuple[Bundle, Predictor, Scores, float]
 def judge(before: Side, after: Side) -> Verdict:
     """Put two bundles side by side; both were scored on the same cases."""
     old, new = before[2], after[2]
-    names = METRICS[old.kind]
+    names = old.task.guarded
     pairs = {name: (replace(old, metric=name), replace(new, metric=name)) for name in names}
     sizes = [sum(entry.bytes for entry in side[0].spec.files.values()) / 1e6 for side in (before, after)]
     onnx = [
@@ -105,12 +102,12 @@ def judge(before: Side, after: Side) -> Verdict:
 
 def score_bundle(bundle: Bundle, engine: Predictor, recipe: Recipe, indices: Sequence[int]) -> Scores:
     """What a bundle does on some cases of the manifest, each on its own grid, by this engine."""
-    manifest, kind = recipe.manifest, bundle.spec.kind
+    manifest, task = recipe.manifest, bundle.spec.task
     cases = [manifest.cases[index] for index in indices]
     dice, logits = [], []
     for case in cases:
         image, mask, valid = read_case(case, Path(manifest.root))
-        if kind != "segmentation":
+        if not task.dense:
             array, _ = bundle.prepare(image)
             logits.append(classify(engine, array[None], flip_axes=bundle.spec.inference.flip_axes)[0])
             continue
@@ -123,8 +120,8 @@ def score_bundle(bundle: Bundle, engine: Predictor, recipe: Recipe, indices: Seq
     if not cases:
         raise CompressionError("there is no validation case, without which no step can be judged. See split.folds")
     return Scores(
-        kind=kind,
-        metric=METRICS[kind][0],
+        kind=task.name,
+        metric=task.guarded[0],
         indices=tuple(indices),
         groups=np.asarray([case.group for case in cases]),
         dice=np.stack(dice) if dice else None,
@@ -141,7 +138,7 @@ def calibration_batches(
     rng = np.random.default_rng(seed)
     for index in spread(training, count):
         array = np.asarray(store.image(index), dtype=np.float32)
-        if bundle.spec.kind != "segmentation":
+        if not bundle.spec.task.dense:
             yield array[None]
             continue
         patch = how.patch_size or tuple(-(-n // how.divisor) * how.divisor for n in array.shape[1:])

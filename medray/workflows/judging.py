@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,37 +12,19 @@ from torch import nn
 
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
-from medray.data.manifest import TaskKind
-from medray.learn.metrics import (
-    binary_auc,
-    classification_metrics,
-    dice_per_class,
-    macro,
-    mean_over_cases,
-    multilabel_metrics,
-)
+from medray.learn.metrics import dice_per_class, mean_over_cases
 from medray.predict.predictor import Callback, Floats, probabilities
 from medray.predict.sliding import classify, load_libraries, segment
 from medray.predict.torch_runtime import TorchPredictor
+from medray.tasks.catalogue import find_task
 from medray.train.precision import resolve_precision
 from medray.train.runtime import Runtime
 from medray.workflows.examples import Examples
 
-Direction = Literal["max", "min"]
 Validate = Callable[[nn.Module], dict[str, float]]
-
-CLASSIFICATION_METRICS = ("auc", "accuracy", "balanced_accuracy", "f1", "log_loss", "brier", "average_precision")
-"""What may be an objective where classes are told."""
 
 GLANCE = 16
 """Cases that a validation segments while training goes on."""
-
-OBJECTIVE: dict[TaskKind, tuple[str, Direction]] = {
-    "segmentation": ("val/dice", "max"),
-    "classification": ("val/auc", "max"),
-    "multilabel": ("val/auc", "max"),
-}
-"""What a study looks for unless told otherwise."""
 
 
 def predictor_of(model: nn.Module, experiment: Experiment, device: torch.device) -> TorchPredictor:
@@ -75,7 +57,7 @@ def make_validate(
     indices: Sequence[int],
     experiment: Experiment,
     *,
-    kind: TaskKind,
+    kind: str,
     num_classes: int,
     runtime: Runtime,
     examples: Examples | None = None,
@@ -90,15 +72,16 @@ def make_validate(
     trial could not be repeated often enough to stop it early. The choice of the champion looks at all.
 
     ``examples`` is told what was found in one case, each time, by the main process; ``predictions`` the cases and their
-    logits (N, K), of a classifier.
+    logits (N, O), where the task isn't dense.
     """
-    if kind == "segmentation":
+    task = find_task(kind)
+    if task.dense:
         indices = spread(indices, GLANCE)
         load_libraries()  # or fit() would take their import for the cost of a validation
         mine = [indices[row] for row in runtime.share(range(len(indices)))]
         shown = examples.choose(mine) if examples is not None and runtime.is_main else None
 
-        def validate_segmentation(model: nn.Module) -> dict[str, float]:
+        def validate_masks(model: nn.Module) -> dict[str, float]:
             predictor = predictor_of(model, experiment, runtime.device)
             rows = np.zeros((len(indices), num_classes - 1))
             for row in runtime.share(range(len(indices))):
@@ -111,11 +94,11 @@ def make_validate(
             value = mean_over_cases(runtime.reduce({"dice": rows})["dice"])
             return {"val/dice": value if np.isfinite(value) else 0.0}
 
-        return validate_segmentation
+        return validate_masks
 
-    def validate_classification(model: nn.Module) -> dict[str, float]:
+    def validate_whole(model: nn.Module) -> dict[str, float]:
         predictor = predictor_of(model, experiment, runtime.device)
-        logits = np.zeros((len(indices), num_classes))
+        logits = np.zeros((len(indices), task.outputs(num_classes)))
         mine = runtime.share(range(len(indices)))
         if mine:
             arrays = np.stack([np.asarray(store.image(indices[row]), dtype=np.float32) for row in mine])
@@ -125,36 +108,7 @@ def make_validate(
         if predictions is not None and runtime.is_main:
             predictions(indices, logits)
         targets = np.asarray([store.label(index) for index in indices])
-        found = all_metrics(kind, targets, probabilities(logits, kind))
+        found = task.measures(targets, probabilities(logits, kind))
         return {f"val/{name}": value for name, value in found.items()}
 
-    return validate_classification
-
-
-def all_metrics(kind: TaskKind, targets: npt.NDArray[Any], probability: npt.NDArray[Any]) -> dict[str, float]:
-    """Every metric of a classification task: see :mod:`medray.learn.metrics`."""
-    return (
-        multilabel_metrics(targets, probability)
-        if kind == "multilabel"
-        else classification_metrics(targets, probability)
-    )
-
-
-def measure(kind: TaskKind, metric: str, *arrays: npt.NDArray[Any]) -> float:
-    """One metric of some cases.
-
-    Args:
-        kind: of the task.
-        metric: ``dice``, or a key of :func:`all_metrics`.
-        arrays: (N, K - 1) Dice per class in segmentation; targets and probabilities (N, K) in classification.
-    """
-    if kind == "segmentation":
-        return mean_over_cases(arrays[0])
-    targets, probability = arrays
-    if metric == "auc":  # the one that is bootstrapped most
-        if kind == "multilabel":
-            return macro(binary_auc, targets, probability)
-        truth = np.eye(probability.shape[1])[targets]
-        shown = slice(1, 2) if probability.shape[1] == 2 else slice(None)
-        return macro(binary_auc, truth[:, shown], probability[:, shown])
-    return all_metrics(kind, targets, probability)[metric]
+    return validate_whole

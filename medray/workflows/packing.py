@@ -15,6 +15,7 @@ from medray.errors import BundleError
 from medray.learn.intervals import Interval
 from medray.predict.postprocess import fit_thresholds
 from medray.predict.predictor import probabilities
+from medray.tasks.catalogue import find_task
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.recipe import Recipe
@@ -39,7 +40,7 @@ def write_champion(
         directory: of the bundle.
         recipe: whence the data.
         champion: one network, or several.
-        validation: of it, on validation cases; thresholds of a multi-label task are fitted on them. None where there
+        validation: of it, on validation cases; thresholds of several labels are fitted on them. None where there
             are no cases: every threshold is a half.
         name: shown in cards and answers.
         temperature: of the calibration.
@@ -50,10 +51,10 @@ def write_champion(
         the seconds that it took.
     """
     lead, manifest = champion.lead.experiment, recipe.manifest
-    thresholds = None
-    if manifest.task == "multilabel" and validation is not None:
+    task, thresholds = find_task(manifest.task), None
+    if task.thresholds and validation is not None:
         assert validation.logits is not None and validation.targets is not None
-        thresholds = fit_thresholds(probabilities(validation.logits, "multilabel", temperature), validation.targets)
+        thresholds = fit_thresholds(probabilities(validation.logits, task.name, temperature), validation.targets)
     began = time.monotonic()
     write = partial(
         write_bundle,
@@ -66,7 +67,7 @@ def write_champion(
         name=name,
         preprocess=lead.preprocess,
         inference=InferenceSpec(
-            patch_size=lead.train.patch_size if manifest.task == "segmentation" else None,
+            patch_size=lead.train.patch_size if task.dense else None,
             divisor=choosing.divisor_of(champion, manifest.ndim),
             overlap=lead.inference.overlap,
             batch_size=max(1, min(4, lead.train.batch_size)),

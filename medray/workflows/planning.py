@@ -48,13 +48,13 @@ def prepare_directory(
     return manifest, fingerprint
 
 
-def plan_data(source: str, out: Path, *, budget: float | None = None) -> Path:
+def plan_data(source: str, out: Path, *, task: str = "auto", budget: float | None = None) -> Path:
     """``medray plan DATA``: write manifest, fingerprint and ``experiment.yaml`` to the folder ``out``.
 
     Returns:
         The path of ``experiment.yaml``.
     """
-    prepare_directory(source, out)
+    prepare_directory(source, out, task=task)
     recipe = Recipe(directory=str(out), explicit={"data": source}, cache=str(default_cache()))
     path = out / "experiment.yaml"
     path.write_text(describe(recipe.experiment(budget=budget), recipe.fingerprint, recipe.machine), encoding="utf-8")

@@ -134,7 +134,7 @@ def predict_files(
         directory=out_dir,
         answers=tuple(answers),
     )
-    write_summary(summary, bundle.spec.classes, table=bundle.spec.kind != "segmentation")
+    write_summary(summary, bundle.spec.classes, table=not bundle.spec.task.dense)
     return summary
 
 

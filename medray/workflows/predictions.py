@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.predict.predictor import Floats
+from medray.tasks.task import Direction
 from medray.train.progress import Progress
-from medray.workflows.judging import Direction
 
 NAME = "validation.npz"
 
@@ -35,7 +35,7 @@ class Predictions:
         self._best = -math.inf if stored is None else self._sign * stored[2]
 
     def take(self, indices: Sequence[int], logits: npt.NDArray[np.floating]) -> None:
-        """A validation found logits (N, K) for cases of the manifest."""
+        """A validation found logits (N, O) for cases of the manifest."""
         self._found = np.asarray(indices, dtype=np.int64), np.asarray(logits, dtype=np.float32)
 
     def keep(self, progress: Progress) -> None:
@@ -50,14 +50,14 @@ class Predictions:
         partial.replace(self._path)
 
 
-def load_predictions(directory: Path, indices: Sequence[int], *, classes: int) -> Floats | None:
-    """Logits (N, K) of some cases from a run's folder; None where they aren't there, or of other cases."""
+def load_predictions(directory: Path, indices: Sequence[int], *, outputs: int) -> Floats | None:
+    """Logits (N, O) of some cases from a run's folder; None where they aren't there, or of other cases."""
     stored = _read(directory / NAME)
     if stored is None:
         return None
     found, logits, _ = stored
     place = {int(index): row for row, index in enumerate(found)}
-    if logits.shape != (len(found), classes) or not all(index in place for index in indices):
+    if logits.shape != (len(found), outputs) or not all(index in place for index in indices):
         return None
     rows = logits[[place[index] for index in indices]]
     return rows if np.isfinite(rows).all() else None

@@ -14,7 +14,7 @@ from torch import nn
 
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
-from medray.data.manifest import Manifest, TaskKind
+from medray.data.manifest import Manifest
 from medray.errors import PrivacyError
 from medray.learn.metrics import dice_per_class
 from medray.predict.predictor import probabilities
@@ -24,17 +24,11 @@ from medray.privacy.figures import private_mean
 from medray.privacy.ledger import Ledger, Reservation
 from medray.privacy.runtime import PrivateRuntime
 from medray.privacy.statement import Statement, statement
+from medray.tasks.catalogue import find_task
 from medray.train.precision import resolve_device
-from medray.workflows.judging import Direction, Validate, predictor_of, segment_prepared
+from medray.workflows.judging import Validate, predictor_of, segment_prepared
 
-__all__ = ["OBJECTIVE", "PrivateRun", "begin", "private_validate"]
-
-OBJECTIVE: dict[TaskKind, tuple[str, Direction]] = {
-    "segmentation": ("val/dice", "max"),
-    "classification": ("val/accuracy", "max"),
-    "multilabel": ("val/accuracy", "max"),
-}
-"""The figure that leaves with a private model: one that is a mean over cases."""
+__all__ = ["PrivateRun", "begin", "private_validate"]
 
 FILE = "privacy.json"
 
@@ -131,7 +125,7 @@ def private_validate(
 ) -> Validate:
     """A function of the model that fit() calls, once, in the end: the released figure, with noise; NaN for none."""
     kind, classes = manifest.task, len(manifest.classes)
-    name, noise = OBJECTIVE[kind][0], experiment.privacy.metric_noise
+    name, noise = find_task(kind).private_objective[0], experiment.privacy.metric_noise
     groups = [manifest.cases[i].group for i in indices] if experiment.privacy.unit == "patient" else None
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -148,13 +142,13 @@ def _scores(
     store: PreparedStore,
     indices: Sequence[int],
     experiment: Experiment,
-    kind: TaskKind,
+    kind: str,
     classes: int,
     runtime: PrivateRuntime,
 ) -> Any:
     """One in 0..1 for each case, (N,)."""
     predictor = predictor_of(model, experiment, runtime.device)
-    if kind == "segmentation":
+    if find_task(kind).dense:
         scores = np.ones(len(indices))
         for row, index in enumerate(indices):
             labels = segment_prepared(predictor, store.image(index), experiment).argmax(axis=0)
@@ -167,7 +161,4 @@ def _scores(
     arrays = np.stack([np.asarray(store.image(index), dtype=np.float32) for index in indices])
     flips = experiment.augment.flip_axes if experiment.inference.tta else ()
     probability = probabilities(classify(predictor, arrays, flip_axes=flips), kind)
-    targets = np.asarray([store.label(index) for index in indices])
-    if kind == "multilabel":
-        return ((probability >= 0.5) == (targets > 0)).mean(axis=1)
-    return (probability.argmax(axis=1) == targets).astype(np.float64)
+    return find_task(kind).correct(np.asarray([store.label(index) for index in indices]), probability)

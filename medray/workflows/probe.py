@@ -9,13 +9,13 @@ import torch
 
 from medray.data.loader import train_loader
 from medray.errors import NonFiniteLossError, OutOfMemoryError
-from medray.learn.losses import build_loss
 from medray.learn.optimizers import build_optimizer
+from medray.tasks.catalogue import build_loss
 from medray.train.precision import lay_out, resolve_device, resolve_precision
 from medray.train.runtime import LocalRuntime
 from medray.train.step import Stepper
 from medray.workflows.recipe import Recipe
-from medray.workflows.training import new_model, open_store, outputs
+from medray.workflows.training import new_model, open_store
 
 
 def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float | None:
@@ -29,7 +29,7 @@ def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float | None
         repeats: steps that are timed.
     """
     experiment, manifest = recipe.experiment(), recipe.manifest
-    kind, classes, store = manifest.task, outputs(manifest), open_store(recipe, experiment)
+    kind, classes, store = manifest.task, len(manifest.classes), open_store(recipe, experiment)
     loader = train_loader(store, recipe.splits(experiment).train, experiment, kind=kind, num_classes=classes, workers=0)
     runtime, model = LocalRuntime(resolve_device(experiment.device)), new_model(experiment, manifest).train()
     precision = resolve_precision(experiment.train.precision, runtime.device)

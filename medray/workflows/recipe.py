@@ -18,6 +18,7 @@ from medray.models.catalogue import lookup
 from medray.plan.machine import Machine
 from medray.plan.plan import Tree, plan
 from medray.privacy.rules import adapted, check_private
+from medray.tasks.catalogue import find_task
 
 FIXED = ("data", "seed", "task", "split")
 """Fields that a search may not touch: which cases validate, and the seed, whose choice would be luck sold as skill."""
@@ -60,7 +61,7 @@ class Recipe:
             twin: added to the seed: the same experiment with other random draws, on the same cases.
 
         Raises:
-            ConfigError: a path doesn't exist, or a field refuses its value.
+            ConfigError: a path doesn't exist, a field refuses its value, or the task has no such loss.
             ModelError: the network can't do this task, or doesn't have a field that was set.
         """
         own = nest(params or {})
@@ -76,6 +77,7 @@ class Recipe:
         if "epochs" in explicit_train and "budget" not in explicit_train:
             planned["train"]["budget"] = None
         experiment = build_experiment(*adapted(planned, self.explicit), own)
+        find_task(self.manifest.task).check_loss(experiment.loss.name)
         check_private(experiment, kind=self.manifest.task)
         if twin:
             experiment = experiment.model_copy(update={"seed": (experiment.seed + 7919 * twin) % 2**31})

@@ -74,26 +74,20 @@ def _label_text(label: int | tuple[int, ...], classes: tuple[str, ...]) -> str:
 def classification_results(recipe: Recipe, scores: Scores, temperature: float) -> ClassificationResults:
     """Confusion, ROC, precision-recall, and reliability before and after temperature scaling."""
     assert scores.logits is not None and scores.targets is not None
-    kind, classes = scores.kind, recipe.manifest.classes
+    kind, task, classes, targets = scores.kind, scores.task, recipe.manifest.classes, scores.targets
     raw, calibrated = probabilities(scores.logits, kind), probabilities(scores.logits, kind, temperature)
-    if kind == "multilabel":
-        truth = scores.targets.astype(bool)
-        matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-        np.fill_diagonal(matrix, (truth & (calibrated >= 0.5)).sum(0))
-        pairs = [(p.ravel(), truth.ravel().astype(float)) for p in (raw, calibrated)]
-    else:
-        truth = np.eye(len(classes), dtype=bool)[scores.targets]
-        matrix = confusion_matrix(scores.targets, calibrated.argmax(1), len(classes))
-        pairs = [(p.max(1), (p.argmax(1) == scores.targets).astype(float)) for p in (raw, calibrated)]
-    shown = range(1, 2) if kind == "classification" and len(classes) == 2 else range(len(classes))
+    pairs = [task.confident(targets, p) for p in (raw, calibrated)]
+    matrix = None
+    if task.target == "class":
+        matrix = confusion_matrix(targets, task.decide(calibrated), len(classes))
     roc, pr = [], []
-    for k in shown:
-        if not 0 < truth[:, k].sum() < len(truth):
+    for name, truth, value in task.questions(targets, calibrated, classes):
+        if not 0 < truth.sum() < len(truth):
             continue
-        fpr, tpr, _ = roc_curve(truth[:, k], calibrated[:, k])
-        roc.append(Curve(name=classes[k], x=fpr, y=tpr, area=binary_auc(truth[:, k], calibrated[:, k])))
-        precision, recall, _ = precision_recall_curve(truth[:, k], calibrated[:, k])
-        pr.append(Curve(name=classes[k], x=recall, y=precision, area=average_precision(truth[:, k], calibrated[:, k])))
+        fpr, tpr, _ = roc_curve(truth, value)
+        roc.append(Curve(name=name, x=fpr, y=tpr, area=binary_auc(truth, value)))
+        precision, recall, _ = precision_recall_curve(truth, value)
+        pr.append(Curve(name=name, x=recall, y=precision, area=average_precision(truth, value)))
     reliability = []
     errors = []
     for name, (confidence, correct) in zip(("before", "after"), pairs, strict=True):

@@ -21,7 +21,6 @@ from medray.search.selection import ACCURACY, MEASURED, Chooser, Option, Ranked,
 from medray.search.trial import Direction, TrialRecord
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.costs import Costs, costs_of, untrained
-from medray.workflows.judging import measure
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import Trained, load_trained
 from medray.workflows.trial import COSTS, FOLDER
@@ -248,7 +247,7 @@ def crown(
             Option(
                 name=name,
                 figures=figures | (costs[name].figures if name in costs else {}),
-                tie=_tie(scores[name]),
+                tie=scores[name].tie,
             )
             for name, figures in fixed.items()
         ]
@@ -307,16 +306,8 @@ def _figures(candidate: Candidate, scores: Scores, chooser: Chooser, objective: 
     for name in chooser.needs - set(figures) - set(MEASURED):
         metric = name.removeprefix("val/")
         if f"val/{metric}" != objective:
-            figures[name] = bootstrap(scores.arrays, partial(measure, scores.kind, metric), groups=scores.groups, n=500)
+            figures[name] = bootstrap(scores.arrays, partial(scores.task.measure, metric), groups=scores.groups, n=500)
     return figures
-
-
-def _tie(scores: Scores) -> float:
-    """Between equals the better calibrated wins."""
-    if scores.kind == "segmentation":
-        return 0.0
-    found = measure(scores.kind, "log_loss", *scores.arrays)
-    return -found if np.isfinite(found) else -float("inf")
 
 
 def _nobody(ranked: Sequence[Ranked], reasons: Mapping[str, str], directory: str) -> str:

@@ -10,6 +10,7 @@ from medray.config.spaces import shipped
 from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
 from medray.errors import ConfigError
+from medray.tasks.catalogue import find_task
 
 __all__ = ["space_for"]
 
@@ -38,6 +39,6 @@ def space_for(overrides: Sequence[str]) -> Path:
 def _suiting(manifest: Manifest) -> str:
     if manifest.columns:
         return "table"
-    if manifest.task == "segmentation":
+    if find_task(manifest.task).dense:
         return "seg3d" if manifest.ndim == 3 else "seg"
     return "cls"

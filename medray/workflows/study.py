@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medray.data.manifest import TaskKind
 from medray.engines.ray.remote import call_all
 from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
@@ -39,6 +38,8 @@ from medray.search.selection import MEASURED
 from medray.search.space import Space
 from medray.search.storage import DATABASE
 from medray.search.trial import TrialEvent, TrialRecord
+from medray.tasks.catalogue import find_task
+from medray.tasks.task import Direction
 from medray.workflows import architecture
 from medray.workflows.asked import Asked, new, resumed
 from medray.workflows.champion import time_case
@@ -47,7 +48,7 @@ from medray.workflows.conclusion import Concluded, conclude
 from medray.workflows.contest import Conclusion, robustness_seconds
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
-from medray.workflows.judging import CLASSIFICATION_METRICS, GLANCE, OBJECTIVE, Direction
+from medray.workflows.judging import GLANCE
 from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import describe, prepare_directory
 from medray.workflows.probe import time_step
@@ -238,9 +239,8 @@ class _Study:
             default = self.recipe.experiment()
             kind = self.recipe.manifest.task
             self.objectives = self._objectives(kind)
-            self.objective = next(
-                ((name, way) for name, way in self.objectives.items() if name.startswith("val/")), OBJECTIVE[kind]
-            )
+            own = find_task(kind).objective
+            self.objective = next(((n, way) for n, way in self.objectives.items() if n.startswith("val/")), own)
             self._sitting.measures(*self.objective)
             self.chooser = make_chooser(study, self.objectives, self.objective, self._metrics(kind))
             self.quiet = Quiet(recipe=self.recipe, budget=study.budget, tell=lambda text: self._tell("note", text))
@@ -288,8 +288,8 @@ class _Study:
             self.space = Space.parse(architecture.filled(self.asked.space, self.searched))
             self._tell("note", f"found in {found.steps} steps: {self.searched[0]}")
 
-    def _objectives(self, kind: TaskKind) -> dict[str, Direction]:
-        asked = dict(self.asked.study.objectives) or dict([OBJECTIVE[kind]])
+    def _objectives(self, kind: str) -> dict[str, Direction]:
+        asked = dict(self.asked.study.objectives) or dict([find_task(kind).objective])
         known = self._metrics(kind)
         for name in asked:
             if name not in known and name not in COSTS:
@@ -301,8 +301,8 @@ class _Study:
         return asked
 
     @staticmethod
-    def _metrics(kind: TaskKind) -> list[str]:
-        return ["val/dice"] if kind == "segmentation" else [f"val/{name}" for name in CLASSIFICATION_METRICS]
+    def _metrics(kind: str) -> list[str]:
+        return [f"val/{name}" for name in find_task(kind).metrics]
 
     def _search(self, concurrency: int, cpus: int, gpus: float) -> tuple[list[TrialRecord], Mapping[str, float], str]:
         study = self.asked.study

@@ -20,9 +20,10 @@ from medray.data.loader import train_loader
 from medray.data.manifest import Manifest
 from medray.engines.ray.session import ray_session, usable_cpus
 from medray.errors import ConfigError, MissingDependencyError, OutOfMemoryError, TrainingError
-from medray.learn.losses import build_loss
 from medray.models.catalogue import build_model
 from medray.privacy.statement import Statement
+from medray.tasks.catalogue import build_loss, find_task
+from medray.tasks.task import Direction
 from medray.tracking import NullTracker, TensorBoardTracker, Tracker, Trackers
 from medray.train.fit import CHECKPOINT, fit
 from medray.train.precision import resolve_device
@@ -30,11 +31,10 @@ from medray.train.progress import FitResult, Progress
 from medray.train.runtime import LocalRuntime, Runtime
 from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.examples import Examples
-from medray.workflows.judging import OBJECTIVE, Direction, make_validate
+from medray.workflows.judging import make_validate
 from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import default_cache, dump, prepare_directory
 from medray.workflows.predictions import Predictions
-from medray.workflows.private import OBJECTIVE as PRIVATE_OBJECTIVE
 from medray.workflows.private import begin, private_validate
 from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
@@ -76,8 +76,8 @@ class Trained(Network):
 
 
 def outputs(manifest: Manifest) -> int:
-    """Channels of the network's last layer: a class each (binary classification has two)."""
-    return len(manifest.classes)
+    """Channels of the network's last layer."""
+    return find_task(manifest.task).outputs(len(manifest.classes))
 
 
 def new_model(experiment: Experiment, manifest: Manifest) -> nn.Module:
@@ -140,7 +140,7 @@ def train_model(
         recipe=recipe,
         experiment=experiment,
         directory=directory,
-        objective=objective or OBJECTIVE[manifest.task],
+        objective=objective or find_task(manifest.task).objective,
         indices=tuple(train_indices or recipe.splits(experiment).train),
         deadline=None if deadline is None else time.time() + deadline - time.monotonic(),
     )
@@ -181,7 +181,7 @@ def _train_here(
     """Train in this process, alone or as one of a group; the main one writes the result."""
     experiment, manifest, directory = run.experiment, run.recipe.manifest, run.directory
     store, splits = open_store(run.recipe, experiment), run.recipe.splits(experiment)
-    kind, classes = manifest.task, outputs(manifest)
+    kind, classes = manifest.task, len(manifest.classes)
     if tracker is None:
         tracker = TensorBoardTracker(directory / "tensorboard") if runtime.is_main else NullTracker()
     examples = Examples(store, Trackers([tracker]))
@@ -228,7 +228,7 @@ def _train_privately(
     """Train under differential privacy: nothing is told of private cases but what the epsilon covers."""
     experiment, manifest, directory = run.experiment, run.recipe.manifest, run.directory
     store, splits = open_store(run.recipe, experiment), run.recipe.splits(experiment)
-    kind, classes = manifest.task, outputs(manifest)
+    kind, classes = manifest.task, len(manifest.classes)
     private = begin(experiment, manifest, run.indices, directory)
     tracker = tracker or TensorBoardTracker(directory / "tensorboard")
     result = fit(
@@ -237,7 +237,7 @@ def _train_privately(
         train_loader(store, run.indices, experiment, kind=kind, num_classes=classes),
         build_loss(experiment.loss, kind=kind, num_classes=classes),
         validate=private_validate(private, store, splits.val, experiment, manifest),
-        objective=PRIVATE_OBJECTIVE[kind],
+        objective=find_task(kind).private_objective,
         runtime=private.runtime,
         run_dir=directory,
         tracker=tracker,
@@ -418,7 +418,8 @@ def _train_composed(composed: Composed, out: Path, address: str | None, notify: 
     if experiment.train.budget is not None:
         recipe = replace(recipe, horizon=experiment.train.budget)
         experiment = recipe.experiment()
-    notify.measures(*(PRIVATE_OBJECTIVE if experiment.privacy.on else OBJECTIVE)[recipe.manifest.task])
+    task = find_task(recipe.manifest.task)
+    notify.measures(*(task.private_objective if experiment.privacy.on else task.objective))
 
     def progress(at: Progress) -> bool:
         notify(

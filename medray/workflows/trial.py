@@ -14,10 +14,10 @@ from medray.config.selection import SelectConfig
 from medray.errors import BundleError
 from medray.search.selection import MEASURED, Chooser
 from medray.search.trial import Report, TrialOutcome, TrialTask
+from medray.tasks.task import Direction
 from medray.train.progress import Progress
 from medray.workflows.champion import Candidate
 from medray.workflows.costs import Costs, costs_of, untrained
-from medray.workflows.judging import Direction
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import train_model
 

@@ -21,7 +21,7 @@ from medray.data.checks import check
 from medray.data.layouts import build_manifest
 from medray.data.loader import train_loader
 from medray.data.splits import make_splits
-from medray.learn.losses import build_loss
+from medray.tasks.catalogue import build_loss
 from medray.learn.metrics import dice_per_class
 from medray.models.catalogue import build_model
 from medray.train.fit import fit

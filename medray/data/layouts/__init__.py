@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medray.data.layouts.base import Draft, exists, finish, images_under
+from medray.data.layouts.base import Draft, ask_task, exists, finish, images_under
 from medray.data.layouts.dicom import draft_patients, holds_dicom, patient_table, resolve_series
 from medray.data.layouts.folders import draft_classes, draft_pairs, has_classes, has_pairs
 from medray.data.layouts.medmnist import draft_medmnist
@@ -15,6 +15,7 @@ from medray.data.phantoms import phantom_manifest
 from medray.data.sweep import Progress
 from medray.data.tablefile import is_table
 from medray.errors import DataError
+from medray.tasks.catalogue import find_task
 
 __all__ = ["build_manifest"]
 
@@ -34,15 +35,16 @@ def build_manifest(source: str, *, task: str = "auto", progress: Progress | None
         progress: called with (done, all, name) while headers are read.
 
     Raises:
+        ConfigError: there is no such task.
         DataError: nothing is there, no layout fits, or its files contradict each other.
     """
+    if task != "auto":
+        find_task(task)  # of an unknown one nothing else is worth telling
     if source.startswith("phantom://"):
         manifest = phantom_manifest(source)
-        if task not in ("auto", manifest.task):
-            raise DataError(
-                f"{source} is for {manifest.task}, but task.kind={task}. Set task.kind=auto, or choose another phantom"
-            )
-        return manifest
+        if task == "auto":
+            return manifest
+        return manifest.model_copy(update={"task": ask_task(task, find_task(manifest.task).target, source)})
     text, naming = split_query(source)
     path = Path.home() / text[2:] if text.startswith("~/") else Path(text)
     if not exists(path):

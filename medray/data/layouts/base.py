@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from medray.data.image import Modality
-from medray.data.manifest import IGNORE, Case, Finding, Manifest, Split, TaskKind
+from medray.data.manifest import IGNORE, Case, Finding, Manifest, Split
 from medray.data.readers import probe, read_mask
 from medray.data.sweep import Progress, sweep
 from medray.errors import DataError
+from medray.tasks.catalogue import named_for
+from medray.tasks.task import Form
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 VOLUMES = (".nii.gz", ".nii")
@@ -35,10 +37,10 @@ _SPLITS: dict[str, Split] = {
 @dataclass(kw_only=True)
 class Draft:
     """A manifest in the making. ``ndim``, ``channels`` and an unknown modality are taken from the first readable image;
-    ``classes`` of None (segmentation) from the labels that the masks hold."""
+    ``classes`` of None from the labels that the masks hold."""
 
     root: Path
-    task: TaskKind
+    task: str
     classes: tuple[str, ...] | None
     cases: list[Case]
     modality: Modality = "other"
@@ -186,16 +188,20 @@ def by_name(labels: list[str]) -> tuple[str, ...]:
     return tuple(sorted(set(labels), key=natural))
 
 
-def ask_task(task: str, found: TaskKind, where: str) -> TaskKind:
-    """``found`` if it is what was asked for.
+def ask_task(task: str, form: Form, where: str) -> str:
+    """The task that was asked for; of ``auto`` the one that targets of this form mean where nothing is said.
 
     Raises:
-        DataError: the layout holds another kind of target.
+        DataError: the layout holds targets of another form.
     """
-    if task in ("auto", found):
-        return found
+    fitting = named_for(form)
+    if task == "auto":
+        return fitting[0]
+    if task in fitting:
+        return task
+    names = " or ".join(fitting)
     raise DataError(
-        f"{where}: this layout holds targets for {found}, but task.kind={task}. Set task.kind=auto or {found}"
+        f"{where}: this layout holds targets for {names}, but task.kind={task}. Set task.kind=auto or {names}"
     )
 
 

@@ -13,11 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medray.data.layouts.base import DICOMS, Draft, by_name, exists, relative, split_of, suffix_of, unique_ids, visible
+from medray.data.layouts.base import (
+    DICOMS,
+    Draft,
+    ask_task,
+    by_name,
+    exists,
+    named_classes,
+    relative,
+    split_of,
+    suffix_of,
+    unique_ids,
+    visible,
+)
 from medray.data.manifest import Case
 from medray.data.sweep import Progress, sweep
 from medray.data.tablefile import columns, is_table, read_table, whole_number
 from medray.errors import DataError, MissingDependencyError
+from medray.tasks.catalogue import find_task
 
 _NO_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "DOC", "FID"}
 
@@ -161,10 +174,7 @@ def draft_patients(source: str, folder: Path, table: Path, task: str, progress: 
                 f"{table}: patient {row['patient']!r} stands twice. Keep one row, or label series (column image)"
             )
         rows[row["patient"]] = row
-    if task not in ("auto", "classification"):
-        raise DataError(
-            f"{source}: a table of patients holds classes, but task.kind={task}. Set task.kind=classification"
-        )
+    kind = ask_task(task, "class", source)
     root = folder.resolve()
     found = [s for s in series_under(root, progress) if s.patient in rows]
     if not found:
@@ -172,7 +182,13 @@ def draft_patients(source: str, folder: Path, table: Path, task: str, progress: 
             f"{table}: none of its {len(rows)} patients is a PatientID in {folder}. Correct the column 'patient'"
         )
     labels = {patient: whole_number(row["label"]) for patient, row in rows.items()}
-    classes = by_name([labels[s.patient] for s in found if labels[s.patient]])
+    names = by_name([labels[s.patient] for s in found if labels[s.patient]])
+    classes = find_task(kind).arrange(names, named_classes(root), str(table))
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{table}: label {unknown[0]!r} is not in classes.json ({', '.join(classes)}). Correct one of them"
+        )
     ids = unique_ids((s.folder.name, s.reference(root)) for s in found)
     cases = [
         Case(
@@ -185,4 +201,4 @@ def draft_patients(source: str, folder: Path, table: Path, task: str, progress: 
         )
         for k, s in enumerate(found)
     ]
-    return Draft(root=root, task="classification", classes=classes, cases=cases)
+    return Draft(root=root, task=kind, classes=classes, cases=cases)

@@ -24,6 +24,7 @@ from medray.data.layouts.dicom import holds_dicom, series_under
 from medray.data.manifest import Case, Finding, Split
 from medray.data.sweep import Progress
 from medray.errors import DataError
+from medray.tasks.catalogue import find_task
 
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = (
@@ -94,7 +95,7 @@ def draft_pairs(source: str, path: Path, task: str) -> Draft:
     Raises:
         DataError: no image has a mask, or two files belong to one name.
     """
-    kind = ask_task(task, "segmentation", source)
+    kind = ask_task(task, "mask", source)
     root = path.resolve()
     found: list[tuple[str, Split | None, Path, Path | None, Path | None]] = []
     findings: list[Finding] = []
@@ -138,7 +139,7 @@ def draft_classes(source: str, path: Path, task: str, progress: Progress | None)
     Raises:
         DataError: a split holds a class that training does not.
     """
-    kind = ask_task(task, "classification", source)
+    kind = ask_task(task, "class", source)
     root = path.resolve()
     units: dict[tuple[Split | None, str], list[tuple[str, str]]] = defaultdict(list)
     for split, side in _sides(root):
@@ -148,7 +149,8 @@ def draft_classes(source: str, path: Path, task: str, progress: Progress | None)
             if holds_dicom(folder):
                 units[split, folder.name] += [(s.reference(root), s.patient) for s in series_under(folder, progress)]
     given = named_classes(root)
-    classes = given or tuple(sorted({name for (_, name), found in units.items() if found}, key=natural))
+    shown = sorted({name for (_, name), found in units.items() if found}, key=natural)
+    classes = find_task(kind).arrange(shown, given, source)
     unknown = sorted({name for _, name in units} - set(classes))
     if given and unknown:
         raise DataError(

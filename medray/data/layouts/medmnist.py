@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medray.data.layouts.base import Draft, ask_task
-from medray.data.manifest import Case, TaskKind
+from medray.data.manifest import Case
 from medray.errors import DataError
 
 
@@ -39,7 +39,7 @@ def draft_medmnist(source: str, path: Path, task: str) -> Draft:
     if len(width) != 1:
         raise DataError(f"{path}: labels of the splits have {sorted(width)} columns; all need the same")
     several = width.pop() > 1
-    kind: TaskKind = ask_task(task, "multilabel" if several else "classification", source)
+    kind = ask_task(task, "labels" if several else "class", source)
     flat = np.concatenate([values.reshape(len(values), -1) for values in labels.values()]).astype(np.int64)
     if flat.min() < 0 or (several and flat.max() > 1) or flat.max() > 10_000:
         raise DataError(

@@ -33,7 +33,7 @@ def draft_nnunet(source: str, path: Path, task: str) -> Draft:
     Raises:
         DataError: the file lacks ``labels``, or neither lists cases nor has ``imagesTr``.
     """
-    kind = ask_task(task, "segmentation", source)
+    kind = ask_task(task, "mask", source)
     spec = read_json(path)
     root = path.parent.resolve()
     if not isinstance(spec, dict) or not isinstance(spec.get("labels"), dict):

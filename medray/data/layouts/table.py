@@ -34,6 +34,8 @@ from medray.data.manifest import Case, Split
 from medray.data.rows import Column, columns_of, missing_values, reference
 from medray.data.tablefile import Row, cell, columns, is_table, nearest, read_table, whole_number
 from medray.errors import DataError
+from medray.tasks.catalogue import find_task, named_for
+from medray.tasks.task import Task
 
 _KNOWN = ("id", "image", "mask", "valid", "label", "patient", "site", "split")
 _FOLDERS = {"image": ("", "images", "image"), "mask": ("", "masks", "labels", "mask"), "valid": ("", "valid", "fov")}
@@ -100,9 +102,10 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
         )
     flags = [n for n in names if n.startswith("label_")]
     kind = _kind(path, names, flags, rows, task)
+    form = find_task(kind).target
     classes = named_classes(path.parent)
     used = {*pictures, "id", "valid", "patient", "site", "split"}
-    if kind == "segmentation":
+    if form == "mask":
         used |= {"mask"}
         labels: list[Any] = [None] * len(rows)
     elif flags:
@@ -111,7 +114,7 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
         labels = [_flags(path, number, row, flags) for number, row in enumerate(rows, 2)]
     else:
         used |= {"label", "mask"}
-        labels, classes = _labels(path, [whole_number(row["label"]) for row in rows], kind == "multilabel", classes)
+        labels, classes = _labels(path, [whole_number(row["label"]) for row in rows], find_task(kind), classes)
 
     root = path.parent.resolve()
     splits = _splits(path, rows)
@@ -134,7 +137,7 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
             id=ids[k],
             images=images[k],
             label=labels[k],
-            mask=_locate(root, row["mask"], "mask") if kind == "segmentation" and row["mask"] else None,
+            mask=_locate(root, row["mask"], "mask") if form == "mask" and row["mask"] else None,
             valid=_locate(root, row["valid"], "valid") if row.get("valid") else None,
             patient=row.get("patient", ""),
             site=row.get("site") or None,
@@ -150,15 +153,15 @@ def draft_table(path: Path, task: str, naming: dict[str, str] | None = None) -> 
     return draft
 
 
-def _kind(path: Path, names: list[str], flags: list[str], rows: list[Row], task: str) -> Any:
+def _kind(path: Path, names: list[str], flags: list[str], rows: list[Row], task: str) -> str:
     several = bool(flags) or any("|" in row.get("label", "") for row in rows)
-    possible = []
+    possible: list[str] = []
     if "mask" in names and any(row["mask"] for row in rows):
-        possible.append("segmentation")
+        possible += named_for("mask")
     if several:
-        possible.append("multilabel")
+        possible += named_for("labels")
     elif "label" in names and any(row["label"] for row in rows):
-        possible += ["classification", "multilabel"]
+        possible += [*named_for("class"), *named_for("labels")]
     if not possible:
         raise DataError(f"{path}: no column 'mask', 'label' or 'label_*' with values. It has: {', '.join(names)}")
     if task == "auto":
@@ -171,13 +174,14 @@ def _kind(path: Path, names: list[str], flags: list[str], rows: list[Row], task:
 
 
 def _labels(
-    path: Path, values: list[str], several: bool, classes: tuple[str, ...] | None
+    path: Path, values: list[str], task: Task, classes: tuple[str, ...] | None
 ) -> tuple[list[Any], tuple[str, ...]]:
+    several = task.target == "labels"
     parts = [
         [p.strip() for p in value.split("|") if p.strip()] if several else [value] * bool(value) for value in values
     ]
     found = by_name([p for ps in parts for p in ps])
-    names = classes or found
+    names = task.arrange(found, classes, str(path))
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise DataError(

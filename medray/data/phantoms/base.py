@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from medray.data.image import Modality
-from medray.data.manifest import TaskKind
 
 Array = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.uint8]
@@ -57,7 +56,7 @@ Render = Callable[
 ]
 """(patient's generator, image's generator, scanner, shape, label flags) to pixels.
 
-``label flags`` hold a 0/1 per class that the image shall show (one-hot for classification, empty for segmentation)."""
+``label flags`` hold a 0/1 per class that the image shall show (one-hot where it has one class, empty with a mask)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class PhantomSpec:
 
     name: str
     description: str
-    task: TaskKind
+    task: str
     modality: Modality
     channels: int
     classes: tuple[str, ...]

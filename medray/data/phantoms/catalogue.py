@@ -17,8 +17,9 @@ from medray.data.phantoms.base import PhantomSpec, Rendered, Scanner
 from medray.data.phantoms.ct import render_abdomen, render_nodule
 from medray.data.phantoms.fundus import render_lesions, render_vessels
 from medray.data.phantoms.mr import render_head
-from medray.data.phantoms.xray import render_findings_film, render_nodule_film
+from medray.data.phantoms.xray import render_effusion_film, render_findings_film, render_nodule_film
 from medray.errors import DataError
+from medray.tasks.catalogue import find_task
 
 SCHEME = "phantom://"
 _LARGEST = 1024  # per axis: a reference may come from a file that someone else wrote
@@ -122,6 +123,18 @@ PHANTOMS: dict[str, PhantomSpec] = {
             render=render_findings_film,
         ),
         PhantomSpec(
+            name="xray-effusion",
+            description="chest films with a pleural effusion of four grades",
+            task="ordinal",
+            modality="XR",
+            channels=1,
+            classes=("none", "small", "moderate", "large"),
+            size=(64, 64),
+            cases=200,
+            scanners=_FILM,
+            render=render_effusion_film,
+        ),
+        PhantomSpec(
             name="ct-nodule-type",
             description="cubes of lung CT around a solid, part-solid or ground-glass nodule",
             task="classification",
@@ -209,21 +222,23 @@ def _patient(index: int) -> int:
 
 def _flags(spec: PhantomSpec, seed: int, index: int) -> tuple[int, ...]:
     """Which classes the case shows. Within each block of cases all combinations come equally often, in random order."""
-    if spec.task == "segmentation":
+    form = find_task(spec.task).target
+    if form == "mask":
         return ()
     count = len(spec.classes)
-    options = 2**count if spec.task == "multilabel" else count
+    options = 2**count if form == "labels" else count
     block = np.tile(np.arange(options), 2)
     choice = int(_rng(seed, index // len(block), f"{spec.name}/label").permutation(block)[index % len(block)])
-    if spec.task == "multilabel":
+    if form == "labels":
         return tuple(choice >> bit & 1 for bit in range(count))
     return tuple(int(k == choice) for k in range(count))
 
 
 def _label(spec: PhantomSpec, flags: tuple[int, ...]) -> int | tuple[int, ...] | None:
-    if spec.task == "segmentation":
+    form = find_task(spec.task).target
+    if form == "mask":
         return None
-    return flags if spec.task == "multilabel" else flags.index(1)
+    return flags if form == "labels" else flags.index(1)
 
 
 def _scanner(spec: PhantomSpec, seed: int, patient: int) -> Scanner:
@@ -287,7 +302,7 @@ def phantom_manifest(source: str) -> Manifest:
                 id=f"{spec.name}-{index:04d}",
                 images=(here,),
                 label=_label(spec, _flags(spec, ref.seed, index)),
-                mask=here if spec.task == "segmentation" else None,
+                mask=here if find_task(spec.task).dense else None,
                 valid=ref.text(index, "valid") if spec.has_valid else None,
                 patient=f"P{patient:04d}",
                 site=_scanner(spec, ref.seed, patient).site,

@@ -101,11 +101,14 @@ def _nodule(image: np.random.Generator, grids: list[Array], lung: Array, contras
     return contrast * _chord([v, u], centre, semi, 45 * size) * np.clip(lung * 2, 0, 1)
 
 
-def _effusion(image: np.random.Generator, grids: list[Array]) -> Array:
-    """Share of the air that pleural fluid displaces: one base, its meniscus rising to the side."""
+def _effusion(image: np.random.Generator, grids: list[Array], heights: tuple[float, float] = (0.05, 0.34)) -> Array:
+    """Share of the air that pleural fluid displaces: one base, its meniscus rising to the side.
+
+    ``heights``: from where to where the level may lie, on the axis from -1 at the top to 1.
+    """
     v, u = grids
     side = float(image.choice([-1, 1]))
-    level = image.uniform(0.05, 0.34)
+    level = image.uniform(*heights)
     meniscus = level - 0.9 * np.clip(side * u - 0.45, 0, None) ** 1.5 * 1.6
     return image.uniform(0.8, 0.97) * cover(meniscus - v, 0.12) * (side * u > 0.04)
 
@@ -154,4 +157,23 @@ def render_findings_film(
         thorax.air -= _nodule(image, grids, thorax.lung, scanner.contrast)
     if fluid:
         thorax.air *= 1 - _effusion(image, grids)
+    return Rendered(array=_expose(image, scanner, thorax))
+
+
+GRADES = ((0.36, 0.44), (0.14, 0.24), (-0.2, -0.05))
+"""Levels of a small, a moderate and a large effusion."""
+
+
+def render_effusion_film(
+    patient: np.random.Generator,
+    image: np.random.Generator,
+    scanner: Scanner,
+    shape: tuple[int, ...],
+    flags: tuple[int, ...],
+) -> Rendered:
+    """Chest film; flags: no effusion, a small, a moderate, a large one."""
+    thorax = _thorax(patient, image, shape, big_heart=False)
+    grade = flags.index(1)
+    if grade:
+        thorax.air *= 1 - _effusion(image, axes(shape, (2.0, 2.0)), GRADES[grade - 1])
     return Rendered(array=_expose(image, scanner, thorax))

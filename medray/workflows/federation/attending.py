@@ -34,6 +34,7 @@ from medray.privacy.audit import Audit
 from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
 from medray.privacy.rules import check_private
 from medray.privacy.secagg.identity import Signer
+from medray.tasks.catalogue import find_task
 from medray.workflows.federation.charging import Charges, open_ledger
 from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.site import SiteFolder, SiteWorker
@@ -235,7 +236,7 @@ def harmonised(manifest: Manifest, rules: SiteConfig) -> Manifest:
         )
     if renamed == wanted:
         return manifest.model_copy(update={"classes": wanted})
-    if manifest.task != "classification":
+    if find_task(manifest.task).target != "class":
         raise FederationError(
             f"classes {', '.join(renamed)} stand in another order than the federation's ({', '.join(wanted)}): the "
             "numbers in masks, or columns of labels, mean something else. Write them anew in that order"

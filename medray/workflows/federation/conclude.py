@@ -25,6 +25,7 @@ from medray.learn.intervals import Interval
 from medray.privacy.policy import recipe_digest
 from medray.report.data import Interval as Shown
 from medray.report.federation import AttackRow, ComparisonRow, FederationReport, SiteRow, write_federation_report
+from medray.tasks.catalogue import find_task
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
 from medray.workflows.federation.leaking import attacks
@@ -32,7 +33,6 @@ from medray.workflows.federation.rounds import Federated
 from medray.workflows.federation.shared import put
 from medray.workflows.federation.showing import aggregation, central, curves, round_row, settings, shown
 from medray.workflows.federation.site import SiteFolder, kept_state
-from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
@@ -83,7 +83,7 @@ def conclude(ended: Ended, *, compare: bool, stage: Callable[[str], None]) -> Co
         stage: told what is going on.
     """
     recipe, experiment = ended.recipe, ended.experiment
-    metric = OBJECTIVE[recipe.manifest.task][0].removeprefix("val/")
+    metric = find_task(recipe.manifest.task).objective[0].removeprefix("val/")
     own = _site_models(ended)
     alone, pooled = _others(ended, stage) if compare else ({}, None)
     splits = recipe.splits(experiment)
@@ -194,7 +194,7 @@ def _by_home(scores: dict[str, Scores], homes: Sequence[str], prefix: str) -> Sc
     """Each case judged by its own site's model."""
     first = scores[prefix + homes[0]]
     rows = list(enumerate(homes))
-    if first.kind == "segmentation":
+    if first.task.dense:
         dice = [scores[prefix + home].dice for home in homes]
         return replace(first, dice=np.stack([table[row] for (row, _), table in zip(rows, dice, strict=True)]))  # type: ignore[index]
     logits = [scores[prefix + home].logits for home in homes]
@@ -205,7 +205,7 @@ def _part(scores: Scores, rows: Sequence[int]) -> Scores:
     """Some of the cases."""
     chosen = np.asarray(rows)
     changes: dict[str, Any] = {"indices": tuple(scores.indices[r] for r in rows), "groups": scores.groups[chosen]}
-    if scores.kind == "segmentation":
+    if scores.task.dense:
         assert scores.dice is not None
         return replace(scores, dice=scores.dice[chosen], **changes)
     assert scores.logits is not None and scores.targets is not None

@@ -31,13 +31,13 @@ from medray.errors import ConfigError, FederationError
 from medray.learn.intervals import Interval
 from medray.privacy.policy import recipe_digest
 from medray.report.federation import ComparisonRow, FederationReport, SiteRow, write_federation_report
+from medray.tasks.catalogue import find_task
 from medray.workflows.champion import Candidate
 from medray.workflows.federation.network import start_run
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
 from medray.workflows.federation.showing import aggregation, central, curves, headline_of, round_row, settings, shown
 from medray.workflows.federation.simulate import checked
-from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
@@ -144,7 +144,7 @@ def _lead(hub: Hub, directory: Path, began: float, ca: Path) -> None:
         experiment,
         arrays_of(model, shared),
         statistics_of(model),
-        objective=OBJECTIVE[recipe.manifest.task],
+        objective=find_task(recipe.manifest.task).objective,
         authority=ca.read_bytes() if experiment.federation.secure_aggregation else None,
         tell=lambda number, entry: said(_line(number, entry, experiment.federation.rounds)),
         note=said,
@@ -281,7 +281,7 @@ def _line(number: int, entry: Mapping[str, Any], of: int) -> str:
 def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Federated, began: float) -> str:
     """Bundle, report and ``outcome.json``; the headline."""
     experiment = network.experiment
-    metric = OBJECTIVE[recipe.manifest.task][0].removeprefix("val/")
+    metric = find_task(recipe.manifest.task).objective[0].removeprefix("val/")
     value = federated.metrics.get(f"val/{metric}", math.nan)
     figures = {
         name.removeprefix("val/"): Interval(value=found, low=math.nan, high=math.nan)

@@ -90,7 +90,7 @@ def attacks(
 
 def case_losses(scores: Scores) -> npt.NDArray[np.float64]:
     """(N,) of the cases of ``scores``: cross-entropy, summed over labels; one minus the mean Dice in segmentation."""
-    if scores.kind == "segmentation":
+    if scores.task.dense:
         assert scores.dice is not None
         there = np.isfinite(scores.dice)
         # Where no class is there, nor predicted, all is right.
@@ -98,7 +98,7 @@ def case_losses(scores: Scores) -> npt.NDArray[np.float64]:
         return np.where(counts > 0, 1 - sums / np.maximum(counts, 1), 0.0)
     targets, probability = scores.arrays
     p = np.clip(np.asarray(probability, np.float64), 1e-12, 1 - 1e-12)
-    if scores.kind == "multilabel":
+    if targets.ndim == 2:  # several labels
         truth = np.asarray(targets, np.float64)
         return -(truth * np.log(p) + (1 - truth) * np.log(1 - p)).sum(1)
     return -np.log(p[np.arange(len(p)), np.asarray(targets, np.int64)])

@@ -24,13 +24,13 @@ from medray.data.splits import make_splits
 from medray.engines.flower.parcel import Hub, Parcel
 from medray.engines.ray.session import ray_session, usable_cpus
 from medray.errors import ConfigError, FederationError, PrivacyError
+from medray.tasks.catalogue import find_task
 from medray.train.precision import resolve_device
 from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.federation.conclude import Concluded, Ended, conclude
 from medray.workflows.federation.rounds import RECORD, Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
 from medray.workflows.federation.site import SiteFolder, opener
-from medray.workflows.judging import OBJECTIVE
 from medray.workflows.planning import default_cache, dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
@@ -88,7 +88,7 @@ def simulate_federation(
         started = time.monotonic()
         recipe, folders = prepare_sites(composed, out, _Stages(notify, started))
         experiment = checked(recipe.experiment(), composed.explicit)
-        metric, direction = OBJECTIVE[recipe.manifest.task]
+        metric, direction = find_task(recipe.manifest.task).objective
         stage = _Stages(notify, started, metric)
         notify.measures(metric, direction)
         (out / "experiment.yaml").write_text(dump(experiment), encoding="utf-8")
@@ -277,7 +277,7 @@ def run_rounds(
         experiment,
         arrays_of(model, shared),
         statistics_of(model),
-        objective=OBJECTIVE[recipe.manifest.task],
+        objective=find_task(recipe.manifest.task).objective,
         latest=len(shared) < _shareable(model),
         tell=lambda number, entry: stage.round(number, entry, of),
         note=lambda text: stage(text, "note"),

@@ -34,12 +34,12 @@ from medray.engines.flower.parcel import Kind, Parcel
 from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
-from medray.learn.losses import build_loss
 from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
 from medray.privacy.runtime import PrivateRuntime
 from medray.privacy.secagg.identity import Signer
+from medray.tasks.catalogue import build_loss
 from medray.train import checkpoint
 from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
@@ -48,7 +48,7 @@ from medray.train.runtime import LocalRuntime, MakeOptimizer
 from medray.workflows.federation.sealing import STAGES, KeptBackError, Sealing, question_of
 from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
-from medray.workflows.training import new_model, outputs
+from medray.workflows.training import new_model
 
 __all__ = ["SiteFolder", "SiteWorker", "kept_state", "local_experiment", "opener"]
 
@@ -296,7 +296,7 @@ class SiteWorker:
         experiment = local_experiment(asked)
         if self._bench is not None and self._bench.experiment == experiment:
             return self._bench
-        manifest, kind, classes = self.manifest, self.manifest.task, outputs(self.manifest)
+        manifest, kind, classes = self.manifest, self.manifest.task, len(self.manifest.classes)
         splits = make_splits(manifest, experiment.split, experiment.split.seed)
         patients = len(set(self._groups(splits.train)))
         if patients < self._fewest:

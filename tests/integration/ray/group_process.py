@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medray.config.schema import Experiment
-from medray.learn.losses import build_loss
 from medray.learn.metrics import binary_auc
+from medray.tasks.catalogue import build_loss
 from medray.train.fit import fit
 from medray.train.runtime import Runtime
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from medray.compress.distill import DistillationLoss, Taught
 from medray.config.schema import LossConfig
 from medray.errors import CompressionError
-from medray.learn.losses import build_loss
+from medray.tasks.catalogue import build_loss
 from medray.train.runtime import LocalRuntime
 from medray.train.step import Stepper
 

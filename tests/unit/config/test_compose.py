@@ -55,6 +55,20 @@ def test_a_group_is_chosen_where_the_file_has_it_and_where_it_has_not(tmp_path: 
     assert compose(None, [override]).explicit["augment"]["strength"] == 0.5
 
 
+def test_a_task_is_named_without_a_file_of_its_own(tmp_path: Path) -> None:
+    """Which tasks there are, whoever has them checks; a folder beside the file may hold a group of that name."""
+    asked = write(tmp_path, "defaults: [task: segmentation, _self_]\nseed: 3\n")
+    assert compose(asked).explicit == {"task": {"kind": "segmentation"}, "seed": 3}
+    assert compose(asked, ["task=ordinal"]).explicit["task"] == {"kind": "ordinal"}
+    assert compose(asked, ["~task"]).explicit == {"seed": 3}
+    planned = write(tmp_path, "task: {kind: classification}\n", "experiment.yaml")
+    assert compose(planned, ["task=ordinal"]).explicit["task"] == {"kind": "ordinal"}, "the command line wins"
+    assert compose(None, ["task.kind=ordinal"]).explicit == compose(None, ["task=ordinal"]).explicit
+    (tmp_path / "task").mkdir()
+    write(tmp_path / "task", "kind: multilabel\n", "findings.yaml")
+    assert compose(asked, ["task=findings"]).explicit["task"] == {"kind": "multilabel"}
+
+
 def test_removing(tmp_path: Path) -> None:
     path = write(tmp_path, "defaults: [augment: heavy, _self_]\noptim: {lr: 1e-2, clip_norm: 1.0}\n")
     assert compose(path, ["~optim.lr"]).explicit["optim"] == {"clip_norm": 1.0}

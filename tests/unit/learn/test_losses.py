@@ -13,9 +13,10 @@ from torch import Tensor
 
 from medray.config.schema import LossConfig
 from medray.errors import ConfigError
-from medray.learn.losses import LOSSES, build_loss, nearest
+from medray.learn.losses import nearest
+from medray.tasks.catalogue import TASKS, build_loss, find_task
 
-EVERY = [(kind, name) for kind, names in LOSSES.items() for name in names]
+EVERY = [(kind, name) for kind, task in TASKS.items() for name in task.losses]
 
 
 def make(kind: Any, name: str, **options: Any) -> Any:
@@ -25,7 +26,7 @@ def make(kind: Any, name: str, **options: Any) -> Any:
 def sample(kind: str, batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     space = (4, 6) if kind == "segmentation" else ()
-    logits = torch.randn(batch, 3, *space, generator=generator)
+    logits = torch.randn(batch, find_task(kind).outputs(3), *space, generator=generator)
     if kind == "multilabel":
         return logits, torch.randint(0, 2, (batch, 3), generator=generator).float()
     return logits, torch.randint(0, 3, (batch, *space), generator=generator)
@@ -46,6 +47,8 @@ def widened(name: str, logits: Tensor) -> Tensor:
 def perfect(kind: str, target: Tensor) -> Tensor:
     if kind == "multilabel":
         return 40 * target - 20
+    if kind == "ordinal":
+        return 40.0 * (target[:, None] > torch.arange(2)) - 20
     return 40 * F.one_hot(target, 3).movedim(-1, 1).float() - 20
 
 
@@ -74,14 +77,14 @@ def test_the_sum_of_parts_is_the_whole(
     loss = make(kind, name, label_smoothing=smoothing, class_weights=weights, batch_dice=batch_dice)
     logits, target = sample(kind)
     logits = widened(name, logits)
-    if kind != "classification":
+    if find_task(kind).target != "class":
         target[0, ..., :2] = 255
     whole = loss(logits, target)
     parts = loss(logits[:1], target[:1], target) + loss(logits[1:], target[1:], target)
     assert loss.separable == bool(torch.isclose(parts, whole, rtol=1e-5))
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in EVERY if k != "classification"])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in EVERY if find_task(k).target != "class"])
 def test_ignored_targets_have_neither_value_nor_gradient(kind: str, name: str, quiet: None) -> None:
     loss = make(kind, name, label_smoothing=0.1)
     logits, target = sample(kind)

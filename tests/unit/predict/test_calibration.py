@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from medray.errors import ModelError
+from medray.learn.activations import sigmoid, softmax
 from medray.predict.calibration import HIGHEST, LOWEST, fit_temperature, sample_voxels, temper
-from medray.predict.predictor import probabilities, sigmoid, softmax
+from medray.predict.predictor import probabilities
 
 
 def draw(p, rng):

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medray.errors import ModelError
-from medray.predict.postprocess import decide, fit_thresholds, keep_largest
+from medray.predict.postprocess import fit_thresholds, keep_largest
 
 
 def test_the_largest_component_of_each_class_stays():
@@ -39,9 +38,3 @@ def test_thresholds_have_the_largest_youden_index():
 def test_a_label_with_one_side_only_is_cut_at_half():
     assert fit_thresholds(np.array([[0.2], [0.3]]), np.array([[1], [1]])) == (0.5,)
     assert fit_thresholds(np.array([[0.2], [0.3]]), np.array([[255], [1]])) == (0.5,)
-
-
-def test_decisions_reach_their_threshold():
-    assert decide(np.array([[0.5, 0.4]]), (0.5, 0.5)).tolist() == [[1, 0]]
-    with pytest.raises(ModelError, match="one a label"):
-        decide(np.array([[0.5, 0.4]]), (0.5,))

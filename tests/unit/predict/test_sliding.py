@@ -5,8 +5,8 @@ import pytest
 
 from medray.data.preprocess import OUTSIDE
 from medray.errors import ModelError
+from medray.learn.activations import softmax
 from medray.predict import sliding
-from medray.predict.predictor import softmax
 from medray.predict.sliding import _slabs, classify, segment, segment_labels
 
 

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from medray.config.schema import LossConfig, ModelConfig
 from medray.errors import PrivacyError
-from medray.learn.losses import Loss, build_loss
+from medray.learn.losses import Loss
 from medray.models.catalogue import build_model
 from medray.privacy.gradients import MODES, Mode, choose, factors, make
 from medray.privacy.models import refuse_unsound
+from medray.tasks.catalogue import build_loss
 
 
 def catalogue_model(name: str, *, kind: str = "classification", norm: str = "group", side: int = 32) -> nn.Module:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment, LossConfig, OptimConfig
 from medray.errors import PrivacyError
-from medray.learn.losses import build_loss
 from medray.learn.optimizers import build_optimizer
 from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.noise import SecureRandom
 from medray.privacy.runtime import PrivateRuntime
+from medray.tasks.catalogue import build_loss
 from medray.train.fit import fit
 from medray.train.runtime import LocalRuntime
 

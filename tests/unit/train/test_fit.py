@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medray.config.schema import Experiment
 from medray.errors import ConfigError, NonFiniteLossError, OutOfMemoryError, TrainingError
-from medray.learn.losses import build_loss
+from medray.tasks.catalogue import build_loss
 from medray.train.fit import fit
 from medray.train.progress import FitResult
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from medray.config.schema import Experiment, TrainConfig
-from medray.learn.losses import build_loss
 from medray.models import checkpointing
+from medray.tasks.catalogue import build_loss
 from medray.train.fit import fit
 from medray.train.progress import FitResult
 

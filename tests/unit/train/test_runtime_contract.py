@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from medray.config.schema import Experiment
-from medray.learn.losses import build_loss
 from medray.learn.optimizers import build_optimizer
 from medray.models.norms import group_norms
+from medray.tasks.catalogue import build_loss
 from medray.train.fit import fit
 from medray.train.runtime import LocalRuntime, Runtime
 from tests.unit.train.test_fit import Blobs, accuracy, experiment, network

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medray.errors import ConfigError, ModelError
-from medray.learn.losses import build_loss
+from medray.tasks.catalogue import build_loss
 from medray.train.capacity import largest_micro_batch
 from medray.train.progress import FitResult, Progress
 from medray.train.runtime import LocalRuntime

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from medray.bundle.ensemble import EnsembleModel
+from medray.tasks.catalogue import find_task
 from medray.train.progress import Progress
 from medray.workflows import champion as choosing
 from medray.workflows import ensembles
@@ -195,7 +196,7 @@ def test_a_weighted_ensemble_is_exported_as_it_was_judged(recipes, name, tmp_pat
                 assert (answer.labels == choosing.labels_of(recipe, candidate, image)).mean() > 0.999
 
 
-@pytest.mark.parametrize("kind", ["classification", "multilabel"])
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "ordinal"])
 @pytest.mark.parametrize("rule", ["mean", "vote"])
 def test_weighted_logits_are_the_bundles(kind, rule):
     torch.manual_seed(0)
@@ -203,7 +204,10 @@ def test_weighted_logits_are_the_bundles(kind, rule):
     weights = None if rule == "vote" else (0.6, 0.3, 0.1)
     expected = EnsembleModel([_Answers(part) for part in parts], kind, weights, rule)(torch.zeros(6, 1)).numpy()
     found = np.stack(
-        [choosing._mean_logits([part[row].numpy() for part in parts], kind, weights, rule) for row in range(6)]
+        [
+            choosing._mean_logits([part[row].numpy() for part in parts], find_task(kind), weights, rule)
+            for row in range(6)
+        ]
     )
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -221,7 +225,7 @@ class _Answers(nn.Module):
 def test_a_member_of_no_weight_counts_for_nothing():
     parts = [np.asarray([3.0, 0.0]), np.asarray([-50.0, 0.0])]
     np.testing.assert_allclose(
-        choosing._mean_logits(parts, "classification", (1.0, 0.0)), [-0.0486, -3.0486], atol=1e-3
+        choosing._mean_logits(parts, find_task("classification"), (1.0, 0.0)), [-0.0486, -3.0486], atol=1e-3
     )
     assert choosing._mean([np.ones(2, np.float32), np.zeros(2, np.float32)], (1.0, 0.0)).tolist() == [1, 1]
 
@@ -265,23 +269,23 @@ def test_a_trial_keeps_what_it_said_at_its_best(tmp_path):
     for value in (0.6, 0.8, 0.7, float("nan")):
         kept.take([5, 3], np.full((2, 2), value))
         kept.keep(progress(value))
-    np.testing.assert_allclose(load_predictions(tmp_path, (3, 5), classes=2), np.full((2, 2), 0.8))
+    np.testing.assert_allclose(load_predictions(tmp_path, (3, 5), outputs=2), np.full((2, 2), 0.8))
     again = Predictions(tmp_path, ("val/auc", "max"))  # the run was killed, and goes on
     again.take([5, 3], np.full((2, 2), 0.75))
     again.keep(progress(0.75))
-    np.testing.assert_allclose(load_predictions(tmp_path, (3, 5), classes=2), np.full((2, 2), 0.8))
+    np.testing.assert_allclose(load_predictions(tmp_path, (3, 5), outputs=2), np.full((2, 2), 0.8))
 
 
 def test_predictions_of_other_cases_or_classes_are_none(tmp_path):
     kept = Predictions(tmp_path, ("val/log_loss", "min"))
     kept.take([1, 2], np.asarray([[0.1, 0.2], [0.3, 0.4]]))
     kept.keep(Progress(epoch=1, step=1, fraction=1.0, seconds=1.0, metrics={"val/log_loss": 0.3}))
-    np.testing.assert_allclose(load_predictions(tmp_path, (2, 1), classes=2), [[0.3, 0.4], [0.1, 0.2]], rtol=1e-6)
-    assert load_predictions(tmp_path, (1, 9), classes=2) is None
-    assert load_predictions(tmp_path, (1, 2), classes=3) is None
+    np.testing.assert_allclose(load_predictions(tmp_path, (2, 1), outputs=2), [[0.3, 0.4], [0.1, 0.2]], rtol=1e-6)
+    assert load_predictions(tmp_path, (1, 9), outputs=2) is None
+    assert load_predictions(tmp_path, (1, 2), outputs=3) is None
     (tmp_path / NAME).write_bytes(b"PK\x03\x04 no archive")
-    assert load_predictions(tmp_path, (1, 2), classes=2) is None
-    assert load_predictions(tmp_path / "nowhere", (1, 2), classes=2) is None
+    assert load_predictions(tmp_path, (1, 2), outputs=2) is None
+    assert load_predictions(tmp_path / "nowhere", (1, 2), outputs=2) is None
 
 
 def test_trials_join_the_library_by_what_they_kept(recipes, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from medray.data.preprocess import OUTSIDE
 from medray.learn.intervals import Interval
+from medray.tasks.catalogue import find_task
 from medray.workflows.gate import Verdict, calibration_batches
 
 
@@ -57,7 +58,7 @@ def store_of(shapes, foreground=()):
 
 def bundle_of(kind, patch=None, divisor=1):
     how = SimpleNamespace(patch_size=patch, divisor=divisor)
-    return SimpleNamespace(spec=SimpleNamespace(kind=kind, inference=how))
+    return SimpleNamespace(spec=SimpleNamespace(task=find_task(kind), inference=how))
 
 
 def test_a_classifier_is_calibrated_on_whole_images():

@@ -15,7 +15,9 @@ from medray.data.image import Image
 from medray.data.writers import dicom_seg, dicom_sr, nifti, picture
 from medray.engines.ray.serve.refusal import RefusedError
 from medray.errors import DataError
+from medray.learn.metrics import entropy
 from medray.predict.predictor import Floats
+from medray.tasks.catalogue import find_task
 
 Form = Literal["json", "nifti", "png", "dicom", "sr"]
 MEDIA: dict[Form, str] = {
@@ -57,7 +59,7 @@ def choose(accept: str | None, kind: str) -> Form:
     Raises:
         RefusedError: 406, nothing of it.
     """
-    offered: tuple[Form, ...] = ("json", "nifti", "png", "dicom", "sr") if kind == "segmentation" else ("json", "sr")
+    offered: tuple[Form, ...] = ("json", "nifti", "png", "dicom", "sr") if find_task(kind).dense else ("json", "sr")
     return _best(accept, offered, offered[0], kind)
 
 
@@ -99,21 +101,13 @@ def _number(text: str) -> float:
     return value if 0 <= value <= 1 else 0.0
 
 
-def entropy(probabilities: Floats) -> Floats:
-    """Entropy over the first axis (K, ...), divided by that of the even distribution: 0 certain, 1 no idea."""
-    p = np.clip(probabilities, 1e-8, 1.0)
-    return np.asarray(-(p * np.log(p)).sum(axis=0) / np.log(len(p)), dtype=np.float32)
-
-
 def uncertainty(found: Prediction, kind: str) -> float | None:
-    """Normalised entropy: of the classes; the labels' mean (multilabel); over the voxels found (segmentation)."""
-    p = found.probabilities
+    """From 0, certain, to 1: as the task has it; of masks the mean entropy over the voxels found."""
+    p, task = found.probabilities, find_task(kind)
     if p is None:
         return None
-    if kind == "classification":
-        return float(entropy(p))
-    if kind == "multilabel":
-        return float(entropy(np.stack([p, 1 - p])).mean())
+    if not task.dense:
+        return task.uncertainty(p)
     spread = entropy(p)
     inside = found.labels > 0 if found.labels is not None else np.zeros(spread.shape, bool)
     return float(spread[inside].mean() if inside.any() else spread.mean())

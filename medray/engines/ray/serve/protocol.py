@@ -57,13 +57,14 @@ class InferRequest:
 def describe(spec: BundleSpec, name: str, versions: list[str]) -> dict[str, Any]:
     """The model's metadata."""
     spatial = list(spec.inference.patch_size or spec.preprocess.size or (-1,) * spec.ndim)
-    out = [-1, len(spec.classes), *(spatial if spec.kind == "segmentation" else [])]
+    channels = {"logits": spec.outputs, "probabilities": len(spec.classes)}
+    where = spatial if spec.task.dense else []
     return {
         "name": name,
         "versions": versions,
         "platform": "medray",
         "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, spec.channels, *spatial]}],
-        "outputs": [{"name": output, "datatype": "FP32", "shape": out} for output in OUTPUTS],
+        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, channels[name], *where]} for name in OUTPUTS],
     }
 
 
@@ -96,7 +97,7 @@ def parse(body: bytes, header_length: str | None, spec: BundleSpec, most: int) -
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise _bad(f"inputs must be a list of one tensor, {INPUT!r}")
     count = _count(inputs[0])
-    segments = spec.kind == "segmentation"
+    segments = spec.task.dense
     bytes_ = 4 * count * (max(1, len(spec.classes)) if segments else 1)
     if bytes_ > most:
         raise RefusedError(

@@ -258,7 +258,7 @@ class Service:
             read = time.perf_counter() - begin
             voxels, shape = self._voxels(version, image, job)
             engine = version if job.tell is None or shape is None else _Counted(version, shape, job.tell)
-            with_probabilities = spec.kind != "segmentation" or (
+            with_probabilities = not spec.task.dense or (
                 form in ("json", "sr") and 4 * len(spec.classes) * voxels <= answers.PROBABILITY_BYTES
             )
             try:
@@ -421,7 +421,7 @@ class _Counted:
         self.name, self.precision = version.name, version.precision
         self._version, self._tell, self._seen = version, tell, 0
         self._all = 1
-        if version.bundle.spec.kind == "segmentation":
+        if version.bundle.spec.task.dense:
             self._all = window_count(shape, patch_size=how.patch_size, overlap=how.overlap, flip_axes=how.flip_axes)
 
     def __call__(self, batch: Floats) -> Floats:

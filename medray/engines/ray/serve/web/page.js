@@ -53,7 +53,7 @@ async function answerTo(image) {
     if (shown?.link) URL.revokeObjectURL(shown.link);
     shown = { image, picture: null };
     draw();
-    $("explain").hidden = found.task === "segmentation";
+    $("explain").hidden = !found.probabilities;
     $("found").hidden = false;
     const view = await look(image, model, found);
     if (mine !== turn) return;
@@ -68,7 +68,7 @@ async function answerTo(image) {
 /** What there is to look at: a volume with its mask, slice by slice, or a picture. */
 async function look(image, model, found) {
   const scan = await readNifti(image).catch(() => null);
-  if (found.task === "segmentation") {
+  if (!found.probabilities) {
     if (scan) {
       const file = await (await ask(`v1/predict${query()}`, image, "application/nifti")).blob();
       const mask = await readNifti(file);

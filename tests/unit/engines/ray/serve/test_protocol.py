@@ -11,9 +11,12 @@ import pytest
 
 from medray.engines.ray.serve import protocol
 from medray.engines.ray.serve.refusal import RefusedError
+from medray.tasks.catalogue import find_task
 
 SPEC: Any = SimpleNamespace(
     kind="classification",
+    task=find_task("classification"),
+    outputs=2,
     ndim=2,
     channels=1,
     classes=("a", "b"),

@@ -1,0 +1,105 @@
+"""Ordinal grading the whole way: a study on phantoms, its report, its bundle, and answers by ONNX Runtime.
+
+Trials run in this process: what Ray does with them is tested in ``ray/``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medray.bundle.read import Bundle
+from medray.data.layouts import build_manifest
+from medray.data.phantoms.files import write_phantom
+from medray.data.readers import read_case
+from medray.workflows import study
+from medray.workflows.evaluation import evaluate
+from medray.workflows.prediction import predict_files
+from tests.integration.test_select import no_session, run_here
+
+GRADES = ("none", "small", "moderate", "large")
+SPACE = """
+task: {kind: ordinal}
+device: cpu
+model: {name: small_cnn, feature_size: 8, depth: 3}
+augment: {strength: 0.2}
+train: {epochs: 6, batch_size: 8, precision: fp32}
+study: {name: graded, budget: 20min, trials: 2, pruner: none, sampler: random, warm_start: false}
+space:
+  optim.lr: {choice: [3.0e-3, 1.0e-2]}
+"""
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table with whole numbers for grades, as clinics write them; no classes.json says what they mean."""
+    folder = tmp_path_factory.mktemp("films")
+    path = write_phantom("xray-effusion", folder, cases=60, size=32)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["label"] = str(GRADES.index(row["label"]))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "classes.json").unlink()
+    return path
+
+
+@pytest.mark.timeout(900)
+def test_grades_from_a_table_to_answers(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "ray_session", no_session)
+    monkeypatch.setattr(study, "run_trials", run_here)
+    monkeypatch.setattr(study, "call_all", lambda function, tasks, **_: [function(task) for task in tasks])
+    monkeypatch.setattr(study, "time_step", lambda *_, **__: None)
+    space = tmp_path / "space.yaml"
+    space.write_text(SPACE, encoding="utf-8")
+    result = study.tune(space, [f"data={table}"], runs=tmp_path / "runs")
+
+    told = json.loads((result.directory / "result.json").read_text(encoding="utf-8"))
+    assert told["metric"] == "kappa" and {"kappa", "mae", "accuracy", "rps"} <= set(told["metrics"])
+    report = result.report.read_text(encoding="utf-8")
+    assert "kappa" in report and "ordinal" in report and "1 or more" in report
+
+    bundle = Bundle.open(result.bundle)
+    assert (bundle.spec.kind, bundle.spec.classes, bundle.spec.outputs) == ("ordinal", ("0", "1", "2", "3"), 3)
+    assert bundle.golden()[1].shape[1] == 3
+    manifest = build_manifest(str(table), task="ordinal")
+    images = [table.parent / case.images[0] for case in manifest.cases[:6]]
+    answers = predict_files(result.bundle, images, tmp_path / "answers", "onnx").answers
+    with (tmp_path / "answers" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for answer, row, case in zip(answers, rows, manifest.cases, strict=False):
+        assert answer.error is None and answer.probabilities is not None
+        p = np.array(list(answer.probabilities.values()))
+        assert p.sum() == pytest.approx(1, abs=1e-5)
+        median = str(int((1 - p.cumsum()[:-1] > 0.5).sum()))
+        assert answer.classes == (median,) and row["prediction"] == median
+        image, _, _ = read_case(case, Path(manifest.root))
+        twin = bundle.predict(image)
+        assert np.allclose(twin.probabilities, p, atol=1e-3), "torch and ONNX Runtime say the same"
+
+    found = evaluate(bundle, str(table), runtime="onnx", split="all")
+    assert set(found.metrics) == set(bundle.spec.task.evaluated) and found.confusion is not None
+    assert found.metrics["kappa"].value > 0.3, "a few steps are enough to tell a large effusion from none"
+
+
+def test_a_folder_for_each_grade_is_read_in_their_order(table: Path, tmp_path: Path) -> None:
+    manifest = build_manifest(str(table), task="ordinal")
+    for case in manifest.cases[:24]:
+        if case.label != 2:
+            folder = tmp_path / f"grade{case.label}"
+            folder.mkdir(exist_ok=True)
+            shutil.copy(table.parent / case.images[0], folder)
+    found = build_manifest(str(tmp_path), task="ordinal")
+    assert found.task == "ordinal" and found.classes == ("grade0", "grade1", "grade2", "grade3")
+    assert {case.label for case in found.cases} == {0, 1, 3}
+    assert build_manifest(str(tmp_path)).classes == ("grade0", "grade1", "grade3"), (
+        "without an order only what is there"
+    )
