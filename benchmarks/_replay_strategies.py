@@ -107,6 +107,7 @@ class Ours:
         from medray.config.schema import StudyConfig
         from medray.search.driver import StudyDriver
         from medray.search.space import Space
+        from medray.search.storage import MemoryFile
 
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         self._objective = table.objective
@@ -116,6 +117,7 @@ class Ours:
             {table.objective: "max"},
             Path(self._folder.name),
             default_of(table),
+            file=MemoryFile(),
         )
 
     def ask(self) -> tuple[int, Mapping[str, Any]] | None:
