@@ -60,6 +60,18 @@ def test_no_search_where_trials_would_tell_nothing() -> None:
     assert plan(shortest=200.0, trials=2).trials == 2  # who asks for two gets two
 
 
+def test_measuring_is_paid_for_by_the_search() -> None:
+    """Twelve networks of 20 s each: what trials train for is what these leave."""
+    for pruner in ("none", "asha"):
+        free, every = plan(pruner=pruner), plan(pruner=pruner, measuring=20.0)
+        few = plan(pruner=pruner, measuring=20.0, networks=3)
+        assert free.search == every.search == few.search
+        assert free.trial * free.trials > few.trial * few.trials > every.trial * every.trials
+        for budget, networks in ((every, every.trials), (few, 3)):
+            training = (expected_cost(budget.trials - 1, pruner) + 1.0) * budget.trial
+            assert training + 20.0 * networks + budget.trials <= budget.search + 1e-6
+
+
 def test_expected_cost_is_that_of_the_rule() -> None:
     """Trials in random order, judged by the rule itself, cost on average what the plan counts with."""
     generator, costs = random.Random(0), []
