@@ -180,11 +180,13 @@ class Tune:
     """Ray Tune's OptunaSearch with its asynchronous successive halving, called as Tune calls them."""
 
     def __init__(self, table: Table, seed: int, *, reduction: int) -> None:
+        import optuna
         from ray.tune.schedulers import ASHAScheduler
         from ray.tune.search.optuna import OptunaSearch
 
         from medray.search.space import Space
 
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         space, self._objective = Space.parse(space_of(table)), table.objective
         self._space = space
 

@@ -19,6 +19,8 @@ TELLING_STEPS = 100
 """Optimiser steps after which networks can be told apart by more than how fast they leave their first weights."""
 FEWEST = 3
 """Trials, the default among them, that make a search."""
+CURVE_COST = 0.6
+"""Of a full training, per trial under the rule ``curve``: .40, .45 and .65 on the tables of ``benchmarks/tables``."""
 _ORDERS = 100  # random orders that the expected cost of early stops is averaged over
 
 
@@ -68,7 +70,7 @@ def plan_budget(
         trials: wanted, at most.
         search_share: 0..1; 0 leaves nothing for a search, and the default alone is fitted.
         concurrency: trials at once.
-        pruner: ``asha``, ``median`` or ``none``.
+        pruner: ``curve``, ``asha``, ``median`` or ``none``.
         spent: seconds of earlier processes of a resumed study, and of the stages before.
         start_up: until the first trial begins (Ray, imports, preprocessing), as estimated or measured.
         finish: of everything after the final fit.
@@ -117,6 +119,8 @@ def expected_cost(count: int, pruner: str) -> float:
         return 0.0
     if pruner == "none":
         return float(count)
+    if pruner == "curve":
+        return 1.0 + CURVE_COST * (count - 1)
     if pruner == "median":
         # The better half of the others run on; the rest end at the first rung or soon after.
         judged = max(0, count - MEDIAN_TRIALS)

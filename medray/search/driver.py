@@ -27,7 +27,7 @@ from medray.search import pareto
 from medray.search.importance import Importance, measure_importance
 from medray.search.limits import COSTS, Limits, costs_of
 from medray.search.past import Proposal
-from medray.search.pruning import RULES
+from medray.search.pruning import RULES, Curve
 from medray.search.samplers import (
     OUTSIDE,
     ReseededSampler,
@@ -177,6 +177,8 @@ class StudyDriver:
         self._ids: dict[int, int] = {}
         self._params: dict[int, dict[str, Any]] = {}
         self._histories: dict[int, list[dict[str, Any]]] = {}
+        self._reported: set[str] = set()
+        self._drawn: dict[int, tuple[list[dict[str, Any]], tuple[tuple[str, ...], bool], Curve]] = {}
         self._lost_on: dict[int, list[str]] = {}
         self._costs: dict[int, dict[str, float]] = {}
         self._broken: dict[int, dict[str, float]] = {}
@@ -193,6 +195,7 @@ class StudyDriver:
             self._ids[trial.number] = trial._trial_id
             self._params[trial.number] = dict(trial.user_attrs.get("params", {}))
             self._histories[trial.number] = list(trial.user_attrs.get("history", []))
+            self._reported |= {name for row in self._histories[trial.number] for name in row["metrics"]}
             self._lost_on[trial.number] = list(trial.user_attrs.get("losses", []))
             self._costs[trial.number] = costs_of(trial)
             self._broken[trial.number] = dict(trial.constraints)
@@ -327,6 +330,7 @@ class StudyDriver:
         history = [entry for entry in self._histories[number] if entry["fraction"] < fraction]
         history.append({**more, "step": int(step), "fraction": float(fraction), "metrics": _floats(metrics)})
         self._histories[number] = history
+        self._reported |= history[-1]["metrics"].keys()
         self._set(number, "history", history)
         first = next(iter(self.objectives))
         value = metrics.get(first)
@@ -441,23 +445,28 @@ class StudyDriver:
             self._study.set_user_attr("seconds", self.spent)
             self._kept = now
 
-    def _curves(self) -> dict[int, list[tuple[float, tuple[float, ...]]]]:
+    def _curves(self) -> dict[int, Curve]:
         """All trials' reports as losses, over the objectives that the trials report while they run.
 
         A trial that breaks a limit stands behind all that keep them (Deb's constrained domination).
         """
-        reported = [entry["metrics"] for history in self._histories.values() for entry in history]
-        names = [name for name in self.objectives if any(name in metrics for metrics in reported)]
+        names = tuple(name for name in self.objectives if name in self._reported)
         if not names:
             return {}
-        curves: dict[int, list[tuple[float, tuple[float, ...]]]] = {}
+        curves: dict[int, Curve] = {}
         for number, history in self._histories.items():
             behind = any(value > 0 for value in self._broken.get(number, {}).values())
-            curves[number] = [
-                (entry["fraction"], (math.inf,) * len(names) if behind else self._losses(entry["metrics"], names))
-                for entry in history
-            ]
-        return {number: curve for number, curve in curves.items() if curve}
+            known = self._drawn.get(number)
+            # A history is never changed, but replaced: most trials' are what they were at the last report.
+            if known is None or known[0] is not history or known[1] != (names, behind):
+                curve = [
+                    (entry["fraction"], (math.inf,) * len(names) if behind else self._losses(entry["metrics"], names))
+                    for entry in history
+                ]
+                known = self._drawn[number] = (history, (names, behind), curve)
+            if known[2]:
+                curves[number] = known[2]
+        return curves
 
     def _losses(self, metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
         signed = ((metrics.get(name, math.nan), -1.0 if self.objectives[name] == "max" else 1.0) for name in names)

@@ -12,6 +12,7 @@ from medray.config.schema import StudyConfig
 from medray.errors import StudyError
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
+from medray.search.storage import MemoryFile
 from medray.search.trial import TrialOutcome, TrialTask
 
 SPACE = {
@@ -265,6 +266,16 @@ def test_an_asha_study_is_stored_with_pruned_trials_and_their_values(tmp_path: P
         assert trial.intermediate_values[111] == pytest.approx(score(trial.params) - 8 / 9)
     assert all(list(trial.intermediate_values) == [111, 333, 1000] for trial in ended)
     assert all(trial.value == pytest.approx(score(trial.params)) for trial in ended)
+
+
+def test_a_study_in_memory_draws_and_stops_as_one_in_a_file(tmp_path: Path) -> None:
+    found = []
+    for file in (None, MemoryFile()):
+        config = StudyConfig(trials=30, pruner="asha")
+        space = Space.parse(SPACE)
+        with StudyDriver(space, config, {"val/dice": "max"}, tmp_path, DEFAULT, file=file) as driver:
+            found.append((run(driver), driver.counts()))
+    assert found[0] == found[1] and found[0][1]["pruned"] > 0 and len(found[0][0]) == 30
 
 
 # Limits -------------------------------------------------------------------------------------------------------------
