@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from medray.bundle.engines import ONNX_NAME, Device, cpu_model, select
+from medray.bundle.engines import ONNX_NAME, Device, select
 from medray.bundle.read import Bundle
 from medray.config.schema import Experiment
 from medray.data.writers.atomic import appearing
 from medray.errors import BundleError
 from medray.learn.intervals import Interval, bootstrap
+from medray.plan.cpu import cpu_model
 from medray.plan.machine import Machine
 from medray.predict.onnx_runtime import usable_cpus
 from medray.search.selection import exact
@@ -212,7 +213,7 @@ def machine_name() -> str:
     """This machine: its node name, CPU and cores, and GPUs where it has some."""
     machine = Machine.here()
     gpus = f", {machine.gpus} GPU" if machine.gpus else ""
-    return f"{platform.node() or 'this machine'} ({cpu_model() or platform.machine()}, {machine.cpus} cores{gpus})"
+    return f"{platform.node() or 'this machine'} ({cpu_model()}, {machine.cpus} cores{gpus})"
 
 
 def changes_costs(path: str) -> bool:
