@@ -107,6 +107,7 @@ class Ours:
         from medray.config.schema import StudyConfig
         from medray.search.driver import StudyDriver
         from medray.search.space import Space
+        from medray.search.storage import MemoryFile
 
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         self._objective = table.objective
@@ -116,6 +117,7 @@ class Ours:
             {table.objective: "max"},
             Path(self._folder.name),
             default_of(table),
+            file=MemoryFile(),
         )
 
     def ask(self) -> tuple[int, Mapping[str, Any]] | None:
@@ -178,11 +180,13 @@ class Tune:
     """Ray Tune's OptunaSearch with its asynchronous successive halving, called as Tune calls them."""
 
     def __init__(self, table: Table, seed: int, *, reduction: int) -> None:
+        import optuna
         from ray.tune.schedulers import ASHAScheduler
         from ray.tune.search.optuna import OptunaSearch
 
         from medray.search.space import Space
 
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         space, self._objective = Space.parse(space_of(table)), table.objective
         self._space = space
 

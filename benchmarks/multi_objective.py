@@ -41,7 +41,7 @@ GRID: Mapping[str, Sequence[Any]] = {
 QUICK_GRID: Mapping[str, Sequence[Any]] = {"model.feature_size": (4, 16), "optim.lr": (1e-4, 1e-2)}
 OBJECTIVES: Mapping[str, Direction] = {"val/auc": "max", "latency_ms": "min"}
 STRATEGIES = {
-    "medray": {"sampler": "tpe", "pruner": "asha"},
+    "medray": {"sampler": "tpe", "pruner": "curve"},
     "random": {"sampler": "random", "pruner": "none"},
     "TPE, nothing stopped": {"sampler": "tpe", "pruner": "none"},
     "NSGA-II, nothing stopped": {"sampler": "nsga2", "pruner": "none"},

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+import multiprocessing
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from statistics import mean
 from typing import Any
 
@@ -25,7 +28,9 @@ SEEDS, CHOOSING = 50, 10
 OURS = "ours"
 NEAR = 0.01
 VARIANTS: Mapping[str, Mapping[str, Make]] = {
-    OURS: {pruner: partial(strategies.Ours, pruner=pruner, sampler="tpe") for pruner in ("asha", "median", "none")},
+    OURS: {
+        pruner: partial(strategies.Ours, pruner=pruner, sampler="tpe") for pruner in ("asha", "median", "curve", "none")
+    },
     "random": {"": strategies.random},
     "TPE": {
         "multivariate": partial(strategies.tpe, multivariate=True),
@@ -34,6 +39,8 @@ VARIANTS: Mapping[str, Mapping[str, Make]] = {
     "OptunaSearch + ASHA": {f"by {reduction}": partial(strategies.Tune, reduction=reduction) for reduction in (3, 4)},
     "Hyperband + TPE": {"": strategies.hyperband},
 }
+Job = tuple[str, str, str, int]
+"""Strategy, variant, table and seed of one replay."""
 NOTES = (
     "hpbandster and ConfigSpace are not in the environment; Optuna's Hyperband with TPE stands for BOHB.",
     f"{strategies.SLOTS} trials at once; seconds are of one core, training and validation; every strategy begins with "
@@ -48,26 +55,27 @@ def run(quick: bool) -> Result:
         raise SystemExit(
             f"not recorded: {', '.join(missing)}. Record with: python -m benchmarks.replay record {missing[0]}"
         )
-    tables = {name: load(name) for name in SETTINGS}
+    tables = {name: _table(name) for name in SETTINGS}
     seeds, choosing = (3, 2) if quick else (SEEDS, CHOOSING)
     figures: dict[str, Figure] = {}
     peers: dict[str, dict[str, Figure]] = {name: {} for name in VARIANTS if name != OURS}
     notes, ratios = list(NOTES), []
+    chosen = _choices(list(tables), range(1000, 1000 + choosing))
+    found = replayed((*key, seed) for key in chosen for seed in range(seeds))
     for name, table in tables.items():
-        others = [other for key, other in tables.items() if key != name]
         times: dict[str, np.ndarray[Any, Any]] = {}
-        for strategy, variants in VARIANTS.items():
-            chosen = choose(variants, others, range(1000, 1000 + choosing))
-            times[strategy] = measure(variants[chosen], table, range(seeds))
-            if chosen:
-                notes.append(f"{name}: {strategy} chosen on the other tables: {chosen}.")
+        for strategy, variant, where in chosen:
+            if where == name:
+                times[strategy] = np.asarray([found[strategy, variant, name, seed] for seed in range(seeds)])
+                if variant:
+                    notes.append(f"{name}: {strategy} chosen on the other tables: {variant}.")
         best = min((strategy for strategy in times if strategy != OURS), key=lambda key: times[key].mean())
         figures[f"{name}: seconds"] = _mean(times[OURS])
         figures[f"{name}: over random"] = _ratio(times[OURS], times["random"])
         figures[f"{name}: over the best other"] = _ratio(times[OURS], times[best])
-        for strategy, found in peers.items():
-            found[f"{name}: seconds"] = _mean(times[strategy])
-            found[f"{name}: over random"] = _ratio(times[strategy], times["random"])
+        for strategy, shown in peers.items():
+            shown[f"{name}: seconds"] = _mean(times[strategy])
+            shown[f"{name}: over random"] = _ratio(times[strategy], times["random"])
         ratios.append((times[OURS], times["random"], times[best]))
         reach = sum(max(curve.values) >= goal_of(table) for curve in table.curves.values())
         notes.append(
@@ -86,19 +94,55 @@ def goal_of(table: Table) -> float:
     return table.best * (1 - NEAR)
 
 
-def measure(make: Make, table: Table, seeds: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Seconds to the goal, by seed."""
-    return np.asarray([simulate(make(table, seed), table, goal_of(table)) for seed in seeds])
+def replayed(jobs: Iterable[Job]) -> dict[Job, float]:
+    """Virtual seconds to the goal of each job, by as many processes as there are cores: the clock is not theirs."""
+    jobs = list(dict.fromkeys(jobs))
+    thread_limits()  # of the processes to come
+    cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, mp_context=context) as pool:
+        return dict(zip(jobs, pool.map(replay_one, jobs, chunksize=5), strict=True))
 
 
-def choose(variants: Mapping[str, Make], tables: Sequence[Table], seeds: Sequence[int]) -> str:
-    """The variant that is quickest over some tables, each counting alike: by the geometric mean of its mean times."""
-    if len(variants) == 1:
-        return next(iter(variants))
-    return min(
-        variants,
-        key=lambda name: mean(math.log(max(measure(variants[name], table, seeds).mean(), 1e-9)) for table in tables),
+def replay_one(job: Job) -> float:
+    """Virtual seconds to the goal."""
+    strategy, variant, name, seed = job
+    table = _table(name)
+    return simulate(VARIANTS[strategy][variant](table, seed), table, goal_of(table))
+
+
+_table = cache(load)
+
+
+def _choices(tables: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, str, str]]:
+    """For each strategy and table the variant that is chosen on the other tables."""
+    found = replayed(
+        (strategy, variant, name, seed)
+        for strategy, variants in VARIANTS.items()
+        if len(variants) > 1
+        for variant in variants
+        for name in tables
+        for seed in seeds
     )
+    chosen = []
+    for strategy, variants in VARIANTS.items():
+        for name in tables:
+            others = [other for other in tables if other != name]
+            times = {
+                variant: [np.asarray([found[strategy, variant, other, seed] for seed in seeds]) for other in others]
+                for variant in variants
+                if len(variants) > 1
+            }
+            chosen.append((strategy, choose(times) if times else next(iter(variants)), name))
+    return chosen
+
+
+def choose(times: Mapping[str, Sequence[np.ndarray[Any, Any]]]) -> str:
+    """The variant that is quickest over some tables, each counting alike: by the geometric mean of its mean times.
+
+    Args:
+        times: variant to its seconds by seed, table by table.
+    """
+    return min(times, key=lambda name: mean(math.log(max(found.mean(), 1e-9)) for found in times[name]))
 
 
 def _mean(values: np.ndarray[Any, Any]) -> Figure:

@@ -24,6 +24,7 @@ from medray.bundle.spec import BundleSpec
 from medray.bundle.verify import check_golden
 from medray.data.writers.atomic import appearing
 from medray.errors import BundleError, MedrayError
+from medray.plan.cpu import cpu_model
 from medray.predict.onnx_runtime import OnnxPredictor, usable_cpus
 from medray.predict.openvino_runtime import OpenVinoPredictor, openvino_has_bf16
 from medray.predict.predictor import Floats, Precision, Predictor
@@ -319,14 +320,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
 
 
 def _remembered(path: Path) -> Selection | None:

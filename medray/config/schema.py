@@ -351,7 +351,11 @@ class StudyConfig(Section):
         default_factory=dict, description="empty: the task's own metric"
     )
     sampler: Literal["auto", "tpe", "random", "cmaes", "nsga2"] = "auto"
-    pruner: Literal["asha", "median", "none"] = "asha"
+    pruner: Literal["curve", "asha", "median", "none"] = Field(
+        "curve",
+        description="who is stopped early: curve, who at its pace would end behind what another has reached; asha, all "
+        "but the best third at a ninth and a third of the schedule; median, the worse half",
+    )
     search_share: Fraction = Field(0.3, description="share of the budget for the search; the rest fits the champion")
     concurrency: int | None = Field(None, ge=1, description="trials at once; null: what the machine has")
     workers_per_trial: int = Field(1, ge=1, le=1024, description="processes that train each trial together")

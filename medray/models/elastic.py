@@ -19,7 +19,7 @@ from medray.models.layers import CONV, SLOPE, ConvBlock, DropPath, InstanceNorm,
 from medray.models.operations import Norm, norm_of
 from medray.models.small import PooledHead
 from medray.models.spec import ModelSpec, Request
-from medray.models.unet import DEPTH, Decoder, UNet, halvings
+from medray.models.unet import DEPTH, halvings, with_decoder
 
 MULTIPLE = 4
 """Channels are a multiple of it."""
@@ -140,14 +140,7 @@ class ElasticClassifier(nn.Module):
 def build_elastic_unet(request: Request) -> nn.Module:
     """An elastic encoder under the house's decoder."""
     channels = channels_of(request.config, request.feature_size, request.depth, request.ndim)
-    decoder = Decoder(
-        request.ndim,
-        channels,
-        request.num_outputs,
-        dropout=request.config.dropout,
-        deep_supervision=request.config.deep_supervision,
-    )
-    return UNet(ElasticEncoder(request, channels), decoder)
+    return with_decoder(request, ElasticEncoder(request, channels), channels)
 
 
 SPECS = (

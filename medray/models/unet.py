@@ -169,8 +169,18 @@ class UNet(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def _decoder(request: Request, channels: Sequence[int], *, refine: int = 1, gated: bool = False) -> Decoder:
-    return Decoder(
+def with_decoder(
+    request: Request, encoder: nn.Module, channels: Sequence[int], *, refine: int = 1, gated: bool = False
+) -> UNet:
+    """An encoder under the house's decoder.
+
+    Args:
+        request: of the network.
+        encoder: gives features of all levels, full resolution first.
+        channels: of these.
+        refine, gated: of :class:`Decoder`.
+    """
+    decoder = Decoder(
         request.ndim,
         channels,
         request.num_outputs,
@@ -179,20 +189,21 @@ def _decoder(request: Request, channels: Sequence[int], *, refine: int = 1, gate
         dropout=request.config.dropout,
         deep_supervision=request.config.deep_supervision,
     )
+    return UNet(encoder, decoder)
 
 
 def build_unet(request: Request) -> nn.Module:
     """The plain U-Net: the default."""
     channels = widths(request.feature_size, request.depth, request.ndim)
     encoder = Encoder(request.ndim, request.in_channels, channels, request.config.dropout)
-    return UNet(encoder, _decoder(request, channels))
+    return with_decoder(request, encoder, channels)
 
 
 def build_attention_unet(request: Request) -> nn.Module:
     """The plain U-Net with gated skips."""
     channels = widths(request.feature_size, request.depth, request.ndim)
     encoder = Encoder(request.ndim, request.in_channels, channels, request.config.dropout)
-    return UNet(encoder, _decoder(request, channels, gated=True))
+    return with_decoder(request, encoder, channels, gated=True)
 
 
 def build_resenc_unet(request: Request) -> nn.Module:
@@ -201,7 +212,7 @@ def build_resenc_unet(request: Request) -> nn.Module:
     encoder = ResidualEncoder(
         request.ndim, request.in_channels, channels, request.config.dropout, request.config.drop_path
     )
-    return UNet(encoder, _decoder(request, channels, refine=0))
+    return with_decoder(request, encoder, channels, refine=0)
 
 
 def halvings(depth: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medray.models.layers import CONV, CONV_TRANSPOSE, ConvBlock, ResidualBlock, widths
 from medray.models.spec import ModelSpec, Request
 from medray.models.transformer import Block, PositionEmbedding
-from medray.models.unet import Decoder, ResidualEncoder, UNet, halvings
+from medray.models.unet import ResidualEncoder, halvings, with_decoder
 
 _HEAD = 64
 """Channels of an attention head."""
@@ -94,22 +94,11 @@ class TransUNetEncoder(nn.Module):
         return [*features, self.norm(tokens).transpose(1, 2).unflatten(2, grid.shape[2:])]
 
 
-def _with_decoder(request: Request, encoder: nn.Module, channels: Sequence[int]) -> nn.Module:
-    decoder = Decoder(
-        request.ndim,
-        channels,
-        request.num_outputs,
-        dropout=request.config.dropout,
-        deep_supervision=request.config.deep_supervision,
-    )
-    return UNet(encoder, decoder)
-
-
 def build_unetr(request: Request) -> nn.Module:
     """UNETR; the transformer is 48 times ``feature_size`` wide (768 for the paper's 16)."""
     width = request.feature_size
     channels = [width, 2 * width, 4 * width, 8 * width, 48 * width]
-    return _with_decoder(request, UNETREncoder(request, channels), channels)
+    return with_decoder(request, UNETREncoder(request, channels), channels)
 
 
 def build_transunet(request: Request) -> nn.Module:
@@ -118,7 +107,7 @@ def build_transunet(request: Request) -> nn.Module:
         *widths(request.feature_size, request.depth - 1, request.ndim),
         16 * request.feature_size,
     ]
-    return _with_decoder(request, TransUNetEncoder(request, channels, _LAYERS // 2), channels)
+    return with_decoder(request, TransUNetEncoder(request, channels, _LAYERS // 2), channels)
 
 
 _OPTIONS = frozenset({"feature_size", "dropout", "dropout_kind", "drop_path", "deep_supervision", "pretrained"})

@@ -106,13 +106,26 @@ class Rivalry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeRow:
+    """A part of a study's wall clock.
+
+    Attributes:
+        share: of all of it, 0..1.
+    """
+
+    name: str
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudySummary:
     name: str
     objective: str
     direction: Literal["max", "min"]
     budget: float
     spent: float
-    stages: dict[str, float] = field(metadata={"unit": "s"})
+    time: tuple[TimeRow, ...]
     sampler: str
     pruner: str
     trials: tuple[TrialRow, ...]
@@ -122,10 +135,6 @@ class StudySummary:
     rivalry: Rivalry | None = None
     warm: tuple[WarmRow, ...] = ()
     warm_note: str = ""
-    overhead: float = field(
-        default=float("nan"),
-        metadata={"share": "of the study's wall clock, 0..1: neither trained nor measured"},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

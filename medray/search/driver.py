@@ -25,8 +25,9 @@ from medray.config.schema import StudyConfig
 from medray.errors import StudyError
 from medray.search import pareto
 from medray.search.importance import Importance, measure_importance
+from medray.search.limits import COSTS, Limits, costs_of
 from medray.search.past import Proposal
-from medray.search.pruning import RULES
+from medray.search.pruning import RULES, Curve
 from medray.search.samplers import (
     OUTSIDE,
     ReseededSampler,
@@ -36,7 +37,7 @@ from medray.search.samplers import (
     derive_seed,
 )
 from medray.search.space import Space
-from medray.search.storage import StudyFile
+from medray.search.storage import MemoryFile, StudyFile
 from medray.search.trial import Direction, TrialOutcome, TrialRecord, TrialTask
 from medray.search.trial import TrialState as State
 
@@ -49,9 +50,6 @@ _STATES: dict[TrialState, State] = {
 }
 _FIRST_FAILURES = 3  # that end a study in which nothing has worked yet
 _ERROR_CHARACTERS = 20_000
-CONSTRAINT = "constraints:"
-"""Begins the name of the system attribute in which Optuna keeps one constraint of a trial."""
-_WORST = 1e6  # of a limit's share; Optuna adds them up
 _MORE = 2  # trials that may come for each planned one, where others are refused before they are trained
 _ROUNDING = 0.01  # by which a schedule that is laid by the clock may overshoot its end
 _STEPS = (
@@ -64,11 +62,13 @@ class StudyDriver:
 
     Args:
         space: what varies.
-        config: sampler, pruner, number of trials, seed.
+        config: sampler, pruner, number of trials, seed, limits. An opened study may have other limits than it began
+            with: by how much its trials break them is derived anew from what they were measured to cost.
         objectives: metric → ``max`` or ``min``; the first is the one that a single number is shown of.
         directory: the study's folder; trials lie in ``trials/<number>``.
         default_params: the default Experiment's values at the space's paths (others are ignored).
         proposals: of the space, tried right after the default; an opened study keeps those that it began with.
+        file: where it is stored instead.
 
     Raises:
         StudyError: the folder holds another study (space, objectives, seed), is in use, or the sampler doesn't fit.
@@ -82,6 +82,7 @@ class StudyDriver:
         directory: Path,
         default_params: Mapping[str, Any],
         proposals: Sequence[Proposal] = (),
+        file: StudyFile | MemoryFile | None = None,
     ) -> None:
         if not objectives:
             raise StudyError("a study needs at least one objective; set study.objectives, such as {val/dice: max}")
@@ -93,7 +94,8 @@ class StudyDriver:
         self.default_in_space = space.contains(self.default_params)
         self._rule = RULES[config.pruner]
         self._proposals = [asdict(proposal) for proposal in proposals if space.contains(proposal.params)]
-        self._file = StudyFile(self.directory)
+        self._file = StudyFile(self.directory) if file is None else file
+        self._limits = Limits(config.select, self._file)
         try:
             self._study = self._open_study()
             self._load()
@@ -120,6 +122,8 @@ class StudyDriver:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = self._file.storage
         names = optuna.get_all_study_names(storage)
+        if names:
+            self._limits.renew(names[0])
         study = optuna.create_study(
             study_name=names[0] if names else self.config.name,
             storage=storage,
@@ -137,15 +141,15 @@ class StudyDriver:
             "sampler": stored["sampler"] if stored and self.config.sampler == "auto" else self._choose_sampler(),
             "trials": self.config.trials,
         }
+        asked = json.loads(json.dumps(asked))  # as it is stored: JSON turns tuples into lists
         if stored is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(self.objectives))
             study.set_user_attr("proposals", self._proposals)
             study.set_user_attr("setup", asked)
-            # Read back, since JSON turns tuples into lists.
-            stored = study.user_attrs["setup"]
-        self._check_setup(stored, json.loads(json.dumps(asked)))
+            stored = asked
+        self._check_setup(stored, asked)
         self.sampler_name: SamplerName = stored["sampler"]
         self._planned = int(stored["trials"])
         self._proposals = list(study.user_attrs.get("proposals", ()))
@@ -173,8 +177,11 @@ class StudyDriver:
         self._ids: dict[int, int] = {}
         self._params: dict[int, dict[str, Any]] = {}
         self._histories: dict[int, list[dict[str, Any]]] = {}
+        self._reported: set[str] = set()
+        self._drawn: dict[int, tuple[list[dict[str, Any]], tuple[tuple[str, ...], bool], Curve]] = {}
         self._lost_on: dict[int, list[str]] = {}
-        self._constraints: dict[int, dict[str, float]] = {}
+        self._costs: dict[int, dict[str, float]] = {}
+        self._broken: dict[int, dict[str, float]] = {}
         self._refused = 0
         self._running: set[int] = set()
         self._unfinished: list[int] = []
@@ -188,8 +195,10 @@ class StudyDriver:
             self._ids[trial.number] = trial._trial_id
             self._params[trial.number] = dict(trial.user_attrs.get("params", {}))
             self._histories[trial.number] = list(trial.user_attrs.get("history", []))
+            self._reported |= {name for row in self._histories[trial.number] for name in row["metrics"]}
             self._lost_on[trial.number] = list(trial.user_attrs.get("losses", []))
-            self._constraints[trial.number] = dict(trial.constraints)
+            self._costs[trial.number] = costs_of(trial)
+            self._broken[trial.number] = dict(trial.constraints)
             self._refused += trial.user_attrs.get("stopped") == "refused" and trial.state == TrialState.PRUNED
             if trial.state == TrialState.RUNNING:
                 self._unfinished.append(trial.number)
@@ -296,7 +305,7 @@ class StudyDriver:
         fraction: float,
         metrics: Mapping[str, float],
         *,
-        constraints: Mapping[str, float] | None = None,
+        costs: Mapping[str, float] | None = None,
         **more: Any,
     ) -> bool:
         """Take a report of a running trial.
@@ -306,8 +315,8 @@ class StudyDriver:
             step: its optimiser steps so far.
             fraction: share of its schedule that is done, 0..1.
             metrics: of this validation.
-            constraints: for :meth:`constrain`, as far as they are known.
-            more: kept in the history (epoch, seconds).
+            costs: for :meth:`weigh`, as far as they are known.
+            more: kept in the history (epoch, seconds, measuring).
 
         Returns:
             whether the trial should be stopped: the caller then ends it with :meth:`prune`.
@@ -316,11 +325,12 @@ class StudyDriver:
         if not 0.0 <= fraction <= 1.0 + _ROUNDING:
             raise StudyError(f"trial {number} reported fraction={fraction!r}; it must lie within 0..1")
         fraction = min(fraction, 1.0)
-        self.constrain(number, constraints or {})
+        self.weigh(number, costs or {})
         # A resumed trial goes back to its checkpoint: what it reported beyond that did not happen.
         history = [entry for entry in self._histories[number] if entry["fraction"] < fraction]
         history.append({**more, "step": int(step), "fraction": float(fraction), "metrics": _floats(metrics)})
         self._histories[number] = history
+        self._reported |= history[-1]["metrics"].keys()
         self._set(number, "history", history)
         first = next(iter(self.objectives))
         value = metrics.get(first)
@@ -334,20 +344,20 @@ class StudyDriver:
         ended = self._ids.keys() - self._running - set(self._unfinished)
         return bool(curves.get(number)) and self._rule(curves, number, ended)
 
-    def constrain(self, number: int, constraints: Mapping[str, float]) -> None:
-        """Keep by what share a running trial breaks each limit (0 or less: kept); samplers and rungs heed it.
+    def weigh(self, number: int, costs: Mapping[str, float]) -> None:
+        """Keep what a running trial costs to run, by figure; samplers and rungs heed by how much it breaks a limit.
 
         TPE counts a trial that breaks one as worse than all that keep them, by how much it does; NSGA-II dominates by
         feasibility first; at a rung it stands behind all that keep them.
         """
         self._must_run(number)
-        found = {name: value for name, value in constraints.items() if not math.isnan(value)}
-        for name, value in found.items():
-            if self._constraints.setdefault(number, {}).get(name) != value:
-                # Where Trial.set_constraint puts it, which a handle made now can't do without drawing parameters again.
-                key = f"{CONSTRAINT}{name}"
-                self._file.storage.set_trial_system_attr(self._ids[number], key, min(float(value), _WORST))
-                self._constraints[number][name] = value
+        before = self._costs.setdefault(number, {})
+        found = before | {name: value for name, value in _floats(costs).items() if math.isfinite(value)}
+        if found != before:
+            self._costs[number] = found
+            self._set(number, COSTS, found)
+            self._broken[number] = self._limits.broken(found)
+            self._limits.set(self._ids[number], self._broken[number])
 
     def lose(self, number: int, host: str) -> None:
         """Keep that a running trial was lost with its process on ``host``, and is run again."""
@@ -365,7 +375,8 @@ class StudyDriver:
         self._set(number, "metrics", _floats(outcome.metrics))
         self._set(number, "seconds", float(outcome.seconds))
         self._set(number, "extras", dict(outcome.extras))
-        self.constrain(number, outcome.constraints)
+        self._set(number, "measuring", float(outcome.measuring))
+        self.weigh(number, outcome.costs)
         if outcome.stopped in ("deadline", "pruned", "refused"):
             self._refused += outcome.stopped == "refused"
             self.prune(number, outcome.stopped)
@@ -434,23 +445,28 @@ class StudyDriver:
             self._study.set_user_attr("seconds", self.spent)
             self._kept = now
 
-    def _curves(self) -> dict[int, list[tuple[float, tuple[float, ...]]]]:
+    def _curves(self) -> dict[int, Curve]:
         """All trials' reports as losses, over the objectives that the trials report while they run.
 
         A trial that breaks a limit stands behind all that keep them (Deb's constrained domination).
         """
-        reported = [entry["metrics"] for history in self._histories.values() for entry in history]
-        names = [name for name in self.objectives if any(name in metrics for metrics in reported)]
+        names = tuple(name for name in self.objectives if name in self._reported)
         if not names:
             return {}
-        curves: dict[int, list[tuple[float, tuple[float, ...]]]] = {}
+        curves: dict[int, Curve] = {}
         for number, history in self._histories.items():
-            behind = any(value > 0 for value in self._constraints.get(number, {}).values())
-            curves[number] = [
-                (entry["fraction"], (math.inf,) * len(names) if behind else self._losses(entry["metrics"], names))
-                for entry in history
-            ]
-        return {number: curve for number, curve in curves.items() if curve}
+            behind = any(value > 0 for value in self._broken.get(number, {}).values())
+            known = self._drawn.get(number)
+            # A history is never changed, but replaced: most trials' are what they were at the last report.
+            if known is None or known[0] is not history or known[1] != (names, behind):
+                curve = [
+                    (entry["fraction"], (math.inf,) * len(names) if behind else self._losses(entry["metrics"], names))
+                    for entry in history
+                ]
+                known = self._drawn[number] = (history, (names, behind), curve)
+            if known[2]:
+                curves[number] = known[2]
+        return curves
 
     def _losses(self, metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
         signed = ((metrics.get(name, math.nan), -1.0 if self.objectives[name] == "max" else 1.0) for name in names)
@@ -488,6 +504,7 @@ class StudyDriver:
             stopped=str(attrs.get("stopped", "")),
             history=history,
             extras=dict(attrs.get("extras", {})),
+            measuring=float(attrs.get("measuring", max((row.get("measuring", 0.0) for row in history), default=0.0))),
             losses=tuple(attrs.get("losses", ())),
             constraints=dict(trial.constraints),
             ended=attrs.get("ended"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import product
@@ -57,6 +57,17 @@ class Parameter:
         if self.kind == "choice":
             return self.choices
         return (int(self.low), int(self.high)) if self.kind == "int" else (self.low, self.high)
+
+    @property
+    def size(self) -> float:
+        """How many values it has; infinite for a range of floats."""
+        if self.kind == "choice":
+            return float(len(self.choices))
+        if self.low == self.high:
+            return 1.0
+        if self.kind == "float" and self.step is None:
+            return math.inf
+        return math.floor((self.high - self.low) / (self.step or 1) + 1e-9) + 1.0
 
     def contains(self, value: Any) -> bool:
         """Whether the parameter may take ``value``."""
@@ -149,6 +160,10 @@ class Space:
     def is_plain(self) -> bool:
         """Whether the space is nothing but unconditional ranges."""
         return len(self.numeric) == len(self)
+
+    def variants(self, paths: Collection[str]) -> float:
+        """How many combinations of some parameters' values there are at most, conditions left aside."""
+        return math.prod(parameter.size for parameter in self if parameter.path in paths)
 
     def active(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of ``params`` that are parameters of the space whose conditions hold."""

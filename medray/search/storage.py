@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 import optuna
+from optuna.storages._rdb.models import TrialSystemAttributeModel
+from sqlalchemy import delete, insert
 from sqlalchemy.pool import QueuePool
 
 from medray.errors import StudyError
@@ -65,6 +69,24 @@ class StudyFile:
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 os.fsync(file.fileno())
 
+    def replace_system_attributes(self, prefix: str, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Give trials other system attributes of one kind than they have, all at once; trials that have ended, too.
+
+        Optuna itself refuses to change those. What it has read of them already it does not read again.
+
+        Args:
+            prefix: begins the names of all attributes of the kind.
+            rows: by Optuna's id of the trial, name to value.
+        """
+        table = TrialSystemAttributeModel
+        with self.storage.engine.begin() as connection:
+            for trial, values in rows.items():
+                old = delete(table).where(table.trial_id == trial, table.key.startswith(prefix, autoescape=True))
+                connection.execute(old)
+                for name, value in values.items():
+                    row = {"trial_id": trial, "key": name, "value_json": json.dumps(value, allow_nan=False)}
+                    connection.execute(insert(table).values(**row))
+
     def close(self) -> None:
         """Fold the write-ahead log into the file, so that study.db alone is the study, and let others open it."""
         if self._lock.closed:
@@ -76,6 +98,22 @@ class StudyFile:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._lock.close()
+
+
+class MemoryFile:
+    """A study that is kept nowhere: to a driver the same as :class:`StudyFile`, and gone with it. For simulations."""
+
+    def __init__(self) -> None:
+        self.storage = optuna.storages.InMemoryStorage()
+
+    def replace_system_attributes(self, prefix: str, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Nothing to do: nobody resumes such a study."""
+
+    def sync(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 def _acquire(path: Path) -> IO[str]:

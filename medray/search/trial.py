@@ -26,8 +26,10 @@ class TrialReport(TypedDict, total=False):
     epoch: int
     seconds: float
     """Seconds of training so far."""
-    constraints: dict[str, float]
-    """Limit → by what share of it the trial breaks it; 0 or less where it is kept."""
+    costs: dict[str, float]
+    """What it costs to run, by figure, as far as that is known."""
+    measuring: float
+    """Seconds that it took to find that out."""
 
 
 Report = Callable[[TrialReport], bool]
@@ -68,14 +70,16 @@ class TrialOutcome:
         seconds: wall clock of the trial.
         stopped: ``deadline`` marks values of an unfinished schedule: the study counts such a trial as pruned, and one
             that was ``refused`` (it breaks a limit, so it was not trained) too.
-        constraints: limit → by what share of it the trial breaks it; 0 or less where it is kept.
-        extras: anything else worth keeping in the study, as JSON allows it (peak memory, step seconds, parameters).
+        costs: what it costs to run, by figure, as far as that is known.
+        measuring: seconds that it took to find that out, beside its training.
+        extras: anything else worth keeping in the study, as JSON allows it.
     """
 
     metrics: Mapping[str, float]
     seconds: float = 0.0
     stopped: Literal["finished", "early", "pruned", "deadline", "refused"] = "finished"
-    constraints: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    measuring: float = 0.0
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,7 +107,9 @@ class TrialRecord:
     error: str | None
     directory: Path
     constraints: Mapping[str, float] = field(default_factory=dict)
-    """Limit → by what share of it the trial breaks it; 0 or less where it is kept. Empty where none is set."""
+    """Limit of today → by what share of it the trial breaks it; 0 or less where it is kept. Empty where none is set."""
+    measuring: float = 0.0
+    """Seconds that it took to find out what it costs to run."""
     ended: float | None = None
     """Seconds that the study had been open when the trial ended."""
     losses: tuple[str, ...] = ()

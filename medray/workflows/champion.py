@@ -34,7 +34,7 @@ from medray.predict.sliding import classify
 from medray.tasks.catalogue import find_task
 from medray.tasks.task import Direction, Task
 from medray.train.precision import resolve_device
-from medray.workflows.judging import predictor_of, segment_prepared, spread
+from medray.workflows.judging import predictor_of, segment_prepared
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import Network, Trained, new_model
 
@@ -408,20 +408,6 @@ def labels_of(recipe: Recipe, candidate: Candidate, image: Image) -> npt.NDArray
     ]
     labels = preprocessor.restore_argmax(_mean(parts, candidate.weights), geometry)
     return keep_largest(labels, len(manifest.classes)) if lead.inference.keep_largest else labels
-
-
-def time_case(recipe: Recipe, indices: Sequence[int], metric: str, *, repeats: int = 3) -> float:
-    """Seconds that scoring one case by one network takes here: the fastest of some, by the default's untrained twin."""
-    experiment = recipe.experiment()
-    candidate = Candidate(
-        name="probe", members=(Network(model=new_model(experiment, recipe.manifest).eval(), experiment=experiment),)
-    )
-    fastest = math.inf
-    for index in spread(indices, repeats):
-        began = time.monotonic()
-        score(recipe, [candidate], [index], metric=metric, distances=True)
-        fastest = min(fastest, time.monotonic() - began)
-    return fastest
 
 
 def divisor_of(candidate: Candidate, ndim: int) -> int:

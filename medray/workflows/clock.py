@@ -25,6 +25,7 @@ class Clock:
         self._begun = time.monotonic() - max(0.0, now - (started if started is not None else now))
         self._earlier = 0.0
         self.stages: dict[str, float] = {}
+        self._running: dict[str, float] = {}
         self._saved = 0.0
         # A file that was damaged costs the account of earlier sittings, not the study.
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -43,6 +44,13 @@ class Clock:
         """Seconds until the budget is over; may be negative."""
         return self.budget - self.spent
 
+    @property
+    def booked(self) -> dict[str, float]:
+        """Seconds of each stage so far, of those that still run too."""
+        now = time.monotonic()
+        running = {name: self.stages.get(name, 0.0) + now - begun for name, begun in self._running.items()}
+        return self.stages | running
+
     def save(self, *, every: float = 0.0) -> None:
         """Write what is spent, unless that was done less than ``every`` seconds ago."""
         if time.monotonic() - self._saved < every:
@@ -55,9 +63,10 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Book the time of a block under ``name``."""
-        begun = time.monotonic()
+        begun = self._running[name] = time.monotonic()
         try:
             yield
         finally:
+            del self._running[name]
             self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begun
             self.save()

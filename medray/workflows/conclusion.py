@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,16 @@ from medray.report.data import (
     RobustnessRow,
     SiteRow,
     StudySummary,
+    TimeRow,
     TrialRow,
     WarmRow,
 )
 from medray.report.render import write_report
 from medray.search.trial import TrialRecord
-from medray.tasks.catalogue import find_task
 from medray.workflows import champion as choosing
+from medray.workflows.account import account
 from medray.workflows.champion import Candidate, Scores
-from medray.workflows.contest import Conclusion, Contest, hold_contest, robustness_seconds
+from medray.workflows.contest import Conclusion, Contest, hold_contest, robustness_extent
 from medray.workflows.judging import spread
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
@@ -59,6 +60,7 @@ class Concluded:
     Attributes:
         metrics: of the champion, on the cases that ``gain`` names: value and 95 % limits.
         selection: of a study with limits, another rule than the metric alone, or several objectives: how it was chosen.
+        time: seconds that each part of the study took, until the report was written.
     """
 
     champion: str
@@ -66,6 +68,7 @@ class Concluded:
     gain: Gain
     metrics: dict[str, tuple[float, float, float]]
     selection: Mapping[str, Any] | None = None
+    time: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path, *, seconds: float) -> None:
         """``result.json``, for programs: null where there is no figure. Its presence says that the study has ended."""
@@ -79,6 +82,7 @@ class Concluded:
             "difference": _numbers(astuple(self.gain.difference)),
             "metrics": {name: _numbers(figures) for name, figures in self.metrics.items()},
             "seconds": seconds,
+            "time": {name: round(took, 1) for name, took in self.time.items()},
             **({} if self.selection is None else {"selection": self.selection}),
         }
         partial = path.with_name(path.name + ".part")
@@ -126,12 +130,13 @@ def conclude(asked: Conclusion) -> Concluded:
     else:
         classification = classification_results(recipe, best, temperature)
     _leaderboard(directory / "leaderboard.csv", asked)
+    time_rows = account(asked.clock.booked, asked.clock.spent, asked.records, asked.slots)
     data = ReportData(
         headline=headline,
         intended_use=INTENDED_USE,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         data=data_summary(recipe, asked.source, splits),
-        study=_study_summary(asked, contest, measured),
+        study=_study_summary(asked, contest, measured, time_rows),
         gain=gain,
         metrics={name: _interval(found) for name, found in metrics.items()},
         sites=_sites(recipe, best),
@@ -150,6 +155,7 @@ def conclude(asked: Conclusion) -> Concluded:
         gain=gain,
         metrics={name: (found.value, found.low, found.high) for name, found in metrics.items()},
         selection=None if crowning is None else plain(crowning, asked.chooser),
+        time={row.name: row.seconds for row in time_rows},
     )
 
 
@@ -203,15 +209,12 @@ def _write_bundle(
 def _robustness(
     asked: Conclusion, champion: Candidate, indices: tuple[int, ...], metric: str, case_seconds: float
 ) -> tuple[RobustnessRow, ...]:
-    """The champion on corrupted images: as many severities and cases as a twentieth of the budget allows."""
-    if asked.recipe.manifest.columns:
+    """The champion on corrupted images."""
+    manifest = asked.recipe.manifest
+    if manifest.columns:
         return ()  # rows of a table have no blur and no scanner
-    per_case = case_seconds
-    allowed = robustness_seconds(asked.study.budget)
-    levels = (1, 2, 3) if 4 * per_case * (3 * len(CORRUPTIONS) + 1) <= allowed else (2,)
-    affordable = int(allowed / max(per_case, 1e-4) / (len(levels) * len(CORRUPTIONS) + 1))
-    few, many = (4, 16) if find_task(asked.recipe.manifest.task).dense else (30, 200)
-    chosen = spread(indices, min(many, max(few, affordable)))
+    levels, cases = robustness_extent(asked.study.budget, manifest.task, case_seconds)
+    chosen = spread(indices, cases)
     rows = []
     plan: list[tuple[str, int, Any]] = [("none", 0, None)]
     plan += [(name, level, _corruption(name, level)) for name in CORRUPTIONS for level in levels]
@@ -256,7 +259,9 @@ def _sites(recipe: Recipe, scores: Scores) -> tuple[SiteRow, ...]:
     return tuple(rows)
 
 
-def _study_summary(asked: Conclusion, contest: Contest, measured: Mapping[str, Scores]) -> StudySummary:
+def _study_summary(
+    asked: Conclusion, contest: Contest, measured: Mapping[str, Scores], time_rows: tuple[TimeRow, ...]
+) -> StudySummary:
     name, direction = asked.objective
     curves: dict[str, tuple[tuple[float, float], ...]] = {}
     for label, trained in asked.finalists:
@@ -273,7 +278,7 @@ def _study_summary(asked: Conclusion, contest: Contest, measured: Mapping[str, S
         direction=direction,
         budget=asked.study.budget,
         spent=asked.clock.spent,
-        stages=dict(asked.clock.stages),
+        time=time_rows,
         sampler=asked.sampler,
         pruner=asked.study.pruner,
         trials=tuple(_trial_row(record) for record in asked.records),
@@ -281,7 +286,6 @@ def _study_summary(asked: Conclusion, contest: Contest, measured: Mapping[str, S
         rivalry=_rivalry(contest, measured),
         warm=_warm_rows(asked),
         warm_note=_warm_note(asked),
-        overhead=_search_overhead(asked),
         importance=dict(asked.importance),
         curves=curves,
     )
@@ -339,18 +343,6 @@ def _warm_note(asked: Conclusion) -> str:
         "No earlier study of data near enough found something that this space holds and the default is not; or the "
         "default itself lies outside the space."
     )
-
-
-def _search_overhead(asked: Conclusion) -> float:
-    """Share of the study's wall clock in which the search neither trained nor measured; NaN where there was none.
-
-    What starts processes, proposes and keeps books, and slots that wait for the last trial.
-    """
-    if not asked.records:
-        return float("nan")
-    seconds = sum(record.seconds + float(record.extras.get("measuring", 0.0)) for record in asked.records)
-    busy = seconds / max(1, asked.slots)
-    return max(0.0, asked.clock.stages.get("search", 0.0) - busy) / max(asked.clock.spent, 1e-9)
 
 
 def _trial_row(record: TrialRecord) -> TrialRow:

@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medray.config.schema import StudyConfig
 from medray.data.splits import Splits
 from medray.errors import MedrayError
+from medray.learn.corrupt import CORRUPTIONS
 from medray.search.nas.loop import Found
 from medray.search.selection import Chooser
 from medray.search.trial import TrialRecord
+from medray.tasks.catalogue import TaskKind, find_task
 from medray.tasks.task import Direction
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Answers, Candidate, Scores
@@ -30,9 +32,25 @@ LIBRARY = 6
 """Trials, at most, whose own networks an ensemble may take: the best of those that ended."""
 
 
-def robustness_seconds(budget: float) -> float:
-    """What of a study's budget the robustness section may take."""
-    return max(3.0, budget / 20)
+def robustness_extent(budget: float, kind: TaskKind, case_seconds: float) -> tuple[tuple[int, ...], int]:
+    """Severities and cases of the robustness section: as many as a twentieth of the study's budget allows, but a few.
+
+    Args:
+        budget: seconds of the study.
+        kind: of the task.
+        case_seconds: of scoring the champion on one case.
+    """
+    allowed = max(3.0, budget / 20)
+    levels = (1, 2, 3) if 4 * case_seconds * (3 * len(CORRUPTIONS) + 1) <= allowed else (2,)
+    affordable = int(allowed / max(case_seconds, 1e-4) / (len(levels) * len(CORRUPTIONS) + 1))
+    few, many = (4, 16) if find_task(kind).dense else (30, 200)
+    return levels, min(many, max(few, affordable))
+
+
+def robustness_seconds(budget: float, kind: TaskKind, case_seconds: float) -> float:
+    """What of a study's budget is kept for the robustness section; arguments as above."""
+    levels, cases = robustness_extent(budget, kind, case_seconds)
+    return max(3.0, budget / 20, cases * (len(levels) * len(CORRUPTIONS) + 1) * case_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +121,12 @@ def hold_contest(asked: Conclusion, splits: Splits, metric: str) -> Contest:
     began = time.monotonic()
     scores = choosing.score(recipe, candidates, splits.val, metric=metric, known=answers)
     case_seconds = (time.monotonic() - began) / len(splits.val) / len(asked.finalists)
+    robustness = robustness_seconds(asked.study.budget, recipe.manifest.task, case_seconds)
+    follows = 22.0 + robustness + 3 * case_seconds * len(splits.test or splits.val)
     if asked.study.ensemble:
 
         def spare(cases: float) -> bool:
             """Whether so many more cases of one network fit beside what has to follow."""
-            follows = 22.0 + robustness_seconds(asked.study.budget) + 3 * case_seconds * len(splits.test or splits.val)
             return asked.clock.left > follows + 1.2 * case_seconds * cases
 
         library = _library(asked) if spare(MOST * len(splits.test)) else []
@@ -122,7 +141,8 @@ def hold_contest(asked: Conclusion, splits: Splits, metric: str) -> Contest:
     if asked.chooser.is_plain:
         winner = choosing.choose(scores, candidates[0].name, direction)
     else:
-        crowning = crown(candidates, scores, asked.chooser, asked.objective[0], asked.records, asked.quiet)
+        quiet = replace(asked.quiet, spare=lambda: asked.clock.left - follows)
+        crowning = crown(candidates, scores, asked.chooser, asked.objective[0], asked.records, quiet)
         winner = crowning.winner
     singles = {name: scores[name] for name, _ in asked.finalists}
     contest = Contest(

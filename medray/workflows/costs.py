@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from medray.bundle.engines import ONNX_NAME, Device, cpu_model, select
+from medray.bundle.engines import ONNX_NAME, Device, select
 from medray.bundle.read import Bundle
 from medray.config.schema import Experiment
 from medray.data.writers.atomic import appearing
 from medray.errors import BundleError
 from medray.learn.intervals import Interval, bootstrap
+from medray.plan.cpu import cpu_model
 from medray.plan.machine import Machine
 from medray.predict.onnx_runtime import usable_cpus
 from medray.search.selection import exact
@@ -46,6 +47,7 @@ BLOCKS = 5
 """Stretches of calls in a process: an interval is of these, since what disturbs a machine lasts longer than a call."""
 QUIET = 2
 """Processes of the last look."""
+_INPUT = ("preprocess.size", "preprocess.pad_multiple")
 PATIENCE = 120.0
 """Seconds after which a process that has not answered is given up."""
 
@@ -69,6 +71,7 @@ class Costs:
         others: share of the machine's CPU time that other programs took meanwhile, 0..1.
         trained: whether the weights were trained ones.
         seconds: that the measuring took.
+        process_seconds: of these, in each process.
     """
 
     engine: str
@@ -89,6 +92,7 @@ class Costs:
     others: float
     trained: bool
     seconds: float
+    process_seconds: float
 
     @property
     def figures(self) -> dict[str, Interval]:
@@ -100,6 +104,11 @@ class Costs:
             "size_mb": exact(self.size_mb),
             "parameters": exact(self.parameters),
         }
+
+    @property
+    def first_look(self) -> float:
+        """Seconds that a look by one process takes."""
+        return self.seconds - (self.processes - 1) * self.process_seconds
 
     @property
     def values(self) -> dict[str, float]:
@@ -204,7 +213,13 @@ def machine_name() -> str:
     """This machine: its node name, CPU and cores, and GPUs where it has some."""
     machine = Machine.here()
     gpus = f", {machine.gpus} GPU" if machine.gpus else ""
-    return f"{platform.node() or 'this machine'} ({cpu_model() or platform.machine()}, {machine.cpus} cores{gpus})"
+    return f"{platform.node() or 'this machine'} ({cpu_model()}, {machine.cpus} cores{gpus})"
+
+
+def changes_costs(path: str) -> bool:
+    """Whether the field of an experiment changes what its network costs to run."""
+    section, _, name = path.partition(".")
+    return (section == "model" and name != "pretrained") or path in ("train.patch_size", *_INPUT)
 
 
 def _key(recipe: Recipe, candidate: Candidate, where: Sequence[Any]) -> str:
@@ -238,7 +253,9 @@ def _measure(
             "seconds": seconds,
             "blocks": BLOCKS,
         }
+        waited = time.monotonic()
         answers = [_in_a_process(asked) for _ in range(processes)]
+        waited = time.monotonic() - waited
         files = bundle.spec.files
         served = [ONNX_NAME] if ONNX_NAME in files else [name for name in files if name.startswith("weights/")]
         shape = tuple(int(n) for n in bundle.golden()[0].shape[1:])
@@ -265,6 +282,7 @@ def _measure(
         others=float(np.mean([answer["others"] for answer in answers])),
         trained=False,
         seconds=time.monotonic() - began,
+        process_seconds=waited / processes,
     )
 
 

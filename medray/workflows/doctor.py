@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from medray.plan.cpu import cpu_info, cpu_model
+
 DISTRIBUTION = "medray"
 
 PURPOSE = {
@@ -97,10 +99,10 @@ def _facts(broken: dict[str, str]) -> list[Fact]:
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     disk = shutil.disk_usage(Path.cwd())
-    flags = _cpu_flags()
+    flags = set(cpu_info("flags").split())
     rows = [
         ("medray", f"{metadata.version(DISTRIBUTION)} on Python {platform.python_version()}, {platform.platform()}"),
-        ("CPU", f"{_cpu_model()}, {cores} cores for us of {os.cpu_count()}"),
+        ("CPU", f"{cpu_model()}, {cores} cores for us of {os.cpu_count()}"),
         ("CPU bf16", _cpu_bf16(flags)),
         ("CPU int8", "yes, AVX-512 VNNI" if "avx512_vnni" in flags else "no VNNI: int8 is not faster here"),
         ("memory", f"{memory.available / 2**30:.1f} GB free of {memory.total / 2**30:.1f} GB"),
@@ -142,23 +144,6 @@ def _shared_memory() -> str:
     size = shutil.disk_usage(folder).total
     note = "" if size > 2**30 else "; small: in a container, start it with --shm-size=2g"
     return f"{size / 2**30:.1f} GB{note}"
-
-
-def _cpu_info(key: str) -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
-
-
-def _cpu_flags() -> set[str]:
-    return set(_cpu_info("flags").split())
-
-
-def _cpu_model() -> str:
-    return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def _broken(module: str) -> str:

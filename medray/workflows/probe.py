@@ -1,12 +1,14 @@
-"""What this machine needs for the default experiment, measured before a study shares out its time."""
+"""What this machine needs for a step and for a case, measured before a study shares out its time."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 
+from medray.config.schema import Experiment
 from medray.data.loader import train_loader
 from medray.errors import NonFiniteLossError, OutOfMemoryError
 from medray.learn.optimizers import build_optimizer
@@ -14,8 +16,37 @@ from medray.tasks.catalogue import build_loss
 from medray.train.precision import lay_out, resolve_device, resolve_precision
 from medray.train.runtime import LocalRuntime
 from medray.train.step import Stepper
+from medray.workflows import champion as choosing
+from medray.workflows.costs import untrained
+from medray.workflows.judging import spread
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import new_model, open_store
+
+PATIENCE = 5.0
+"""Seconds after which no further case is timed: a large network is timed well enough by one."""
+
+
+def time_case(
+    recipe: Recipe, experiment: Experiment, indices: Sequence[int], metric: str, *, repeats: int = 3
+) -> float:
+    """Seconds that scoring one case by an experiment's network takes here: the fastest of some, untrained.
+
+    Args:
+        recipe: of the study.
+        experiment: whose network.
+        indices: of cases to choose from.
+        metric: the study's objective without its ``val/``.
+        repeats: cases, at most.
+    """
+    candidate, fastest, spent = untrained(recipe, experiment), math.inf, 0.0
+    for index in spread(indices, repeats):
+        began = time.monotonic()
+        choosing.score(recipe, [candidate], [index], metric=metric, distances=True)
+        took = time.monotonic() - began
+        fastest, spent = min(fastest, took), spent + took
+        if spent > PATIENCE:
+            break
+    return fastest
 
 
 def time_step(recipe: Recipe, *, threads: int, repeats: int = 3) -> float | None:

@@ -6,6 +6,7 @@ the winner with its very weights before it is crowned.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ UNDISTURBED = 0.1
 """Share of the CPU that other programs may take while something is measured."""
 ONE_LOOK = 20.0
 """Seconds that a quiet look takes where none has been taken yet."""
+LOOKED = 1.0
+"""Seconds beyond which something was measured: what is remembered costs nothing."""
 Tell = Callable[[str], None]
 
 
@@ -87,14 +90,18 @@ class Quiet:
         recipe: of the study.
         budget: seconds of the study.
         tell: hears what is being measured.
+        spare: seconds that may go to looks now, whatever their share of the budget.
         spent, looks: so far.
+        rehearsed: the look at the default before the search, outside the share.
     """
 
     recipe: Recipe
     budget: float
     tell: Tell
+    spare: Callable[[], float] = lambda: math.inf
     spent: float = 0.0
     looks: int = 0
+    rehearsed: Costs | None = None
 
     @property
     def folder(self) -> Path:
@@ -104,12 +111,30 @@ class Quiet:
     @property
     def has_time(self) -> bool:
         """Whether another look fits."""
-        return self.spent + self.expected <= SHARE * self.budget
+        return self.spent + self.expected <= SHARE * self.budget and self.expected <= self.spare()
 
     @property
     def expected(self) -> float:
         """Seconds of one more look."""
-        return self.spent / self.looks if self.looks else ONE_LOOK
+        if self.looks:
+            return self.spent / self.looks
+        return ONE_LOOK if self.rehearsed is None else self.rehearsed.seconds
+
+    @property
+    def first_look(self) -> float:
+        """Seconds that a trial takes to look at its network."""
+        return ONE_LOOK if self.rehearsed is None else self.rehearsed.first_look
+
+    def rehearse(self) -> None:
+        """Look at what the default costs before anything is searched: how long that takes, the study plans with.
+
+        What is found is remembered for trial 0. A default that can't be measured is not the end: it is looked at again.
+        """
+        default = untrained(self.recipe, self.recipe.experiment())
+        try:
+            self.rehearsed = costs_of(self.recipe, default, self.folder, quiet=True, trained=False)
+        except MedrayError as error:
+            self.tell(f"the default could not be measured: {error}")
 
     def look(self, candidate: Candidate, *, afresh: bool = False) -> Costs:
         """What a candidate costs.
@@ -122,7 +147,7 @@ class Quiet:
         if afresh:
             self.tell(f"measuring what {candidate.name} costs to run")
         found = costs_of(self.recipe, candidate, self.folder, quiet=True, afresh=afresh)
-        if time.monotonic() - began > 1.0:  # what is remembered costs nothing, and says nothing of the next one
+        if time.monotonic() - began > LOOKED:  # what is remembered says nothing of the next one
             self.spent += time.monotonic() - began
             self.looks += 1
         return found

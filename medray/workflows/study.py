@@ -29,12 +29,10 @@ from medray.engines.ray.session import RaySession, ray_session, usable_cpus
 from medray.engines.ray.tune import run_trials
 from medray.errors import ConfigError, StorageError
 from medray.plan.machine import Machine
-from medray.search.budget import TELLING_STEPS, Budget, plan_budget
 from medray.search.driver import StudyDriver
 from medray.search.expectation import expected_gain
 from medray.search.nas.loop import Found
 from medray.search.past import WARM, Proposal, propose, shipped
-from medray.search.selection import MEASURED
 from medray.search.space import Space
 from medray.search.storage import DATABASE
 from medray.search.trial import TrialEvent, TrialRecord
@@ -42,16 +40,14 @@ from medray.tasks.catalogue import find_task
 from medray.tasks.task import Direction
 from medray.workflows import architecture
 from medray.workflows.asked import Asked, new, resumed
-from medray.workflows.champion import time_case
 from medray.workflows.clock import Clock
 from medray.workflows.conclusion import Concluded, conclude
-from medray.workflows.contest import Conclusion, robustness_seconds
+from medray.workflows.contest import Conclusion
 from medray.workflows.diary import Diary
 from medray.workflows.events import Kind, Observer, StudyEvent
-from medray.workflows.judging import GLANCE
+from medray.workflows.forecast import Forecast
 from medray.workflows.mirror import Mirror, mirrored
 from medray.workflows.planning import describe, prepare_directory
-from medray.workflows.probe import time_step
 from medray.workflows.recipe import FIXED, Recipe
 from medray.workflows.selecting import Quiet, make_chooser, pick_trial
 from medray.workflows.sitting import sitting
@@ -133,7 +129,6 @@ class _Study:
         self._observer = observer
         self._best: float | None = None
         self._values: list[float] = []
-        self._case_seconds: float | None = None
         self.found: Found | None = None
         train = dict(asked.explicit.get("train") or {})
         self.workers = int(train.setdefault("workers", asked.study.workers_per_trial))
@@ -244,6 +239,10 @@ class _Study:
             self._sitting.measures(*self.objective)
             self.chooser = make_chooser(study, self.objectives, self.objective, self._metrics(kind))
             self.quiet = Quiet(recipe=self.recipe, budget=study.budget, tell=lambda text: self._tell("note", text))
+            metric = self.objective[0].removeprefix("val/")
+            self.forecast = Forecast(
+                recipe=self.recipe, study=study, chooser=self.chooser, quiet=self.quiet, metric=metric
+            )
             architecture.check(study.nas, self.asked.space)
             self.searched: tuple[str, ...] = ()
             if study.nas.strategy is not None:
@@ -308,14 +307,23 @@ class _Study:
         study = self.asked.study
         if study.trials == 1 or not len(self.space):
             return [], {}, "none: the plan's default alone"
+        if self.forecast.measures:
+            with self.clock.stage("measuring"):
+                self._tell("stage", "measuring what the default costs to run")
+                self.quiet.rehearse()
         with self.clock.stage("search"), self._driver() as driver:
             self._searching = driver
             # A search that has begun goes on: whether it is worth its time was settled then.
             # One that was not worth it isn't begun after half a final fit, on a machine that is quieter by then.
-            if not driver.records() and (self.directory / "final").exists():
+            known = driver.records()
+            if not known and (self.directory / "final").exists():
                 return [], {}, "none: its time went to the final fit"
-            telling = 0.0 if driver.records() else self._telling_seconds(cpus)
-            plan = self._budget(concurrency, telling)
+            # A group's steps, and those of another machine, can't be timed here.
+            here = self.workers == 1 and self.machine == Machine.here()
+            telling = self.forecast.telling(cpus) if here and not known else 0.0
+            plan = self.forecast.budget(
+                self.clock, self.space, known, self._best_record(known), concurrency=concurrency, telling=telling
+            )
             if driver.has_next and plan.search > plan.trial / 2 > 0:
                 self._tell(
                     "stage",
@@ -334,6 +342,7 @@ class _Study:
                     in_group=self.workers > 1,
                     trial_seconds=plan.trial,
                     deadline=time.time() + plan.search,
+                    before_trial=lambda: self.forecast.before_trial(self.space, driver.records()),
                     payload=TrialPayload(
                         recipe=self.recipe,
                         objective=self.objective,
@@ -342,35 +351,10 @@ class _Study:
                     ),
                     on_event=self._on_trial,
                 )
-            elif telling and plan.trials == 0 and not driver.records():
+            elif telling and plan.trials == 0 and not known:
                 self._tell("note", f"no search: of trials that tell anything ({telling:.0f} s here) too few would fit")
                 return [], {}, f"none: a trial that tells anything takes {telling:.0f} s here, too long for the budget"
             return driver.records(), dict(driver.importance().shares), driver.sampler_name
-
-    def _budget(self, concurrency: int, telling: float) -> Budget:
-        study, spent = self.asked.study, self.clock.spent
-        return plan_budget(
-            study.budget,
-            trials=study.trials,
-            search_share=study.search_share,
-            concurrency=concurrency,
-            pruner=study.pruner,
-            spent=spent,
-            start_up=min(spent, sum(self.clock.stages.values()) - self.clock.stages.get("search", 0.0)),
-            finish=self._finish_seconds(2),
-            shortest=telling,
-        )
-
-    def _telling_seconds(self, cpus: int) -> float:
-        """How long a trial has to train until its validation says more than chance; 0 where it can't be timed here."""
-        if self.workers > 1 or self.machine != Machine.here():
-            return 0.0
-        self._finish_seconds(1)  # times a case
-        assert self._case_seconds is not None
-        splits = self.recipe.splits(self.recipe.experiment())
-        validations = 2 * min(GLANCE, len(splits.val)) * self._case_seconds
-        step = time_step(self.recipe, threads=cpus)
-        return 0.0 if step is None else TELLING_STEPS * step + validations
 
     def _driver(self) -> StudyDriver:
         defaults = self.space.read(self.recipe.experiment().model_dump(mode="json"))
@@ -395,7 +379,7 @@ class _Study:
             plans.append((f"trial-{best.number}", best.params))
         elif best is None and self.searched and not any(record.values is not None for record in records):
             plans.append((architecture.SEARCHED, {"model.name": self.searched[0]}))  # which no trial has tried
-        finish = self._finish_seconds(len(plans))
+        finish = self.forecast.finish([params for _, params in plans])
         open_plans = [plan for plan in plans if self._finalist(plan[0]) is None]
         parallel = len(open_plans) if session.gpus >= len(open_plans) * self.workers else 1
         with self.clock.stage("final fit"):
@@ -447,7 +431,9 @@ class _Study:
         for number in range(1, MEMBERS - len(found) + 1):
             name = f"{lead}-twin-{number}"
             known = self._finalist(name)
-            reserve = self._finish_seconds(len(found) + len(twins) + 1)
+            reserve = self.forecast.finish(
+                [*(dict(plans)[fitted] for fitted, _ in found), *[params] * (len(twins) + 1)]
+            )
             if known is None:
                 if self.clock.left - reserve < 1.1 * trained.fit.seconds + 3.0:
                     break
@@ -489,7 +475,7 @@ class _Study:
     def _pick(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
         """The trial that the study's rule puts first, looked at again now that no other trial runs."""
         with self.clock.stage("measuring"):
-            if records and not self.chooser.needs.isdisjoint(MEASURED):
+            if records and self.forecast.measures:
                 self._tell("stage", "measuring what the best trials cost to run, now that nothing else runs")
             best, keeps = pick_trial(records, self.chooser, self.objective[0], self.quiet)
         if best is None and any(record.values is not None for record in records):
@@ -514,19 +500,6 @@ class _Study:
         sign = 1.0 if direction == "max" else -1.0
         completed = [record for record in records if record.values is not None]
         return max(completed, key=lambda record: sign * record.values[position], default=None)  # type: ignore[index]
-
-    def _finish_seconds(self, networks: int) -> float:
-        """What choice, robustness, report and bundle will take with so many networks, from one case timed here."""
-        if self._case_seconds is None:
-            splits = self.recipe.splits(self.recipe.experiment())
-            metric = self.objective[0].removeprefix("val/")
-            self._case_seconds = time_case(self.recipe, splits.val, metric)
-            self._cases = len(splits.val) + len(splits.test)
-        scoring = 1.15 * self._case_seconds * self._cases * networks
-        if not self.chooser.needs.isdisjoint(MEASURED):
-            # The winner, and an ensemble or a network that the search did not see.
-            scoring += 2 * self.quiet.expected
-        return 12.0 + 5.0 * networks + scoring + robustness_seconds(self.asked.study.budget)
 
     # Resources and events --------------------------------------------------------------------------------------------
 

@@ -62,13 +62,12 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
     began = time.monotonic()
     costs, figures = _costs_before(payload, experiment, needed=not task.is_default)
     measuring = time.monotonic() - began
-    constraints = payload.chooser.constraints(figures)
     if not task.is_default and payload.chooser.select.refuses:  # without the default no gain could be stated
         limits = payload.chooser.select.limits.given
-        broken = costs.surely_breaks(limits) if costs else {n for n, v in constraints.items() if v > 0}
+        broken = costs.surely_breaks(limits) if costs else _over(payload.chooser, figures)
         if broken:
-            extras = {"refused": sorted(broken), "measuring": measuring, **_extras(costs)}
-            return TrialOutcome(metrics=figures, stopped="refused", constraints=constraints, extras=extras)
+            extras = {"refused": sorted(broken), **_extras(costs)}
+            return TrialOutcome(metrics=figures, stopped="refused", costs=figures, measuring=measuring, extras=extras)
     is_short = False
     known = {name: figures[name] for name in payload.objectives if name in figures}
     if task.seconds is not None and task.deadline is not None and time.time() + task.seconds > task.deadline:
@@ -85,7 +84,8 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
                 "step": progress.step,
                 "epoch": progress.epoch,
                 "seconds": progress.seconds,
-                "constraints": constraints,
+                "costs": figures,
+                "measuring": measuring,
             }
         )
 
@@ -104,21 +104,24 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
     )
     if costs is not None and costs.fallen is not None and trained.fit.stopped in ("finished", "early"):
         # With random weights some engine did not agree with the golden outputs; with these it may.
-        folder = Path(payload.recipe.directory) / FOLDER
+        folder, began = Path(payload.recipe.directory) / FOLDER, time.monotonic()
         costs = costs_of(payload.recipe, Candidate(name="trained", members=(trained,)), folder)
-        figures = costs.values
-    metrics = dict(trained.fit.best) | figures
-    metrics["seconds"] = trained.fit.seconds
-    metrics["peak_memory_mb"] = trained.fit.peak_memory_mb
-    metrics["parameters"] = float(sum(p.numel() for p in trained.model.parameters()))
+        figures, measuring = costs.values, measuring + time.monotonic() - began
+    figures["parameters"] = float(sum(p.numel() for p in trained.model.parameters()))
+    training = {"seconds": trained.fit.seconds, "peak_memory_mb": trained.fit.peak_memory_mb}
     return TrialOutcome(
-        metrics=metrics,
+        metrics={**trained.fit.best, **figures, **training},
         seconds=trained.fit.seconds,
         # A shorter schedule is another experiment: its value must not stand among those of whole ones.
         stopped="deadline" if is_short and trained.fit.stopped == "finished" else trained.fit.stopped,
-        constraints=payload.chooser.constraints(metrics),
-        extras={"measuring": measuring, **_extras(costs)},
+        costs=figures,
+        measuring=measuring,
+        extras=_extras(costs),
     )
+
+
+def _over(chooser: Chooser, figures: Mapping[str, float]) -> set[str]:
+    return {name for name, excess in chooser.constraints(figures).items() if excess > 0}
 
 
 def _costs_before(

@@ -21,7 +21,7 @@ from medray.engines.ray.session import RaySession
 from medray.search.driver import StudyDriver
 from medray.search.selection import Chooser
 from medray.search.trial import TrialFunction, TrialReport
-from medray.workflows import study
+from medray.workflows import forecast, study
 from medray.workflows.costs import costs_of, untrained
 from medray.workflows.planning import prepare_directory
 from medray.workflows.recipe import Recipe
@@ -71,7 +71,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ray_session", no_session)
     monkeypatch.setattr(study, "run_trials", run_here)
     monkeypatch.setattr(study, "call_all", lambda function, tasks, **_: [function(task) for task in tasks])
-    monkeypatch.setattr(study, "time_step", lambda *_, **__: None)  # a busy machine must not talk it out of searching
+    monkeypatch.setattr(
+        forecast, "time_step", lambda *_, **__: None
+    )  # a busy machine must not talk it out of searching
 
 
 @pytest.mark.timeout(600)

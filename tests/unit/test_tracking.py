@@ -55,6 +55,7 @@ def tell(tracker: Tracker, folder: Path) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_contract(name: str, tmp_path: Path) -> None:
     tell(MAKERS[name](tmp_path), tmp_path)
+    assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "kept", "what is kept elsewhere stays here"
 
 
 def test_mlflow_store_reads_back(tmp_path: Path) -> None:

@@ -6,7 +6,11 @@ reconstruction kernel (Riederer, Pelc and Chesler 1978), and is uncorrelated bet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from medray.data.phantoms.base import (
     Array,
@@ -34,6 +38,13 @@ def reconstruction_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma
     spectrum = np.fft.rfftn(white, axes=(0, 1)) * response
     noise = np.fft.irfftn(spectrum, s=shape[:2], axes=(0, 1)).astype(np.float32)
     return noise * np.float32(sigma / noise.std())
+
+
+def _from_line(grids: Sequence[Array], at: npt.NDArray[Any], way: npt.NDArray[Any]) -> tuple[Array, Array]:
+    """Of each voxel, mm along a line through ``at`` in the direction ``way`` (of length 1), and from it."""
+    along = sum((g - c) * k for g, c, k in zip(grids, at, way, strict=True))
+    across = np.sqrt(np.maximum(sum((g - c) ** 2 for g, c in zip(grids, at, strict=True)) - along**2, 0))
+    return along, across
 
 
 def render_abdomen(
@@ -98,8 +109,7 @@ def render_abdomen(
         a = np.array(right) + patient.normal(0, 18, 3)
         d = patient.normal(0, 1, 3)
         d /= np.linalg.norm(d)
-        along = sum((g - c) * k for g, c, k in zip(grids, a, d, strict=True))
-        across = np.sqrt(np.maximum(sum((g - c) ** 2 for g, c in zip(grids, a, strict=True)) - along**2, 0))
+        along, across = _from_line(grids, a, d)
         hu = blend(hu, cover(across - 3.5, width) * (np.abs(along) < 45) * liver, parenchyma + 60)
 
     spine = radius([x, y], (0, -62 * size), (21, 18))
@@ -153,8 +163,7 @@ def render_nodule(
         start = image.uniform(-16, 16, 3)
         way = image.normal(0, 1, 3)
         way /= np.linalg.norm(way)
-        along = sum((g - c) * k for g, c, k in zip(grids, start, way, strict=True))
-        across = np.sqrt(np.maximum(sum((g - c) ** 2 for g, c in zip(grids, start, strict=True)) - along**2, 0))
+        _, across = _from_line(grids, start, way)
         hu = blend(hu, cover(across - image.uniform(0.5, 1.5), width), 40.0)
 
     centre = image.normal(0, 2.0, 3)

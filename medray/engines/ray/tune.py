@@ -47,6 +47,7 @@ def run_trials(
     in_group: bool = False,
     trial_seconds: float | None = None,
     deadline: float | None = None,
+    before_trial: Callable[[], float] = lambda: 0.0,
     payload: Any = None,
     on_event: OnEvent | None = None,
 ) -> None:
@@ -65,6 +66,7 @@ def run_trials(
         in_group: the function starts a group of processes (``run_group``) that take these resources, and only waits.
         trial_seconds: what each trial may train for; none begins that could not end before the deadline.
         deadline: epoch seconds; running trials are told to stop then, and are stopped a little later.
+        before_trial: seconds that the next trial may take until it trains, which count as its time too.
         payload: given to every trial as ``task.payload``; sent to each process once.
         on_event: told of all that happens, in this process.
 
@@ -72,7 +74,7 @@ def run_trials(
         StudyError: the default trial, or each of the first, failed; carries the worker's traceback.
         KeyboardInterrupt: after a clean stop; unfinished trials come again when the study is resumed.
     """
-    conductor = _Conductor(driver, cpus_per_trial, trial_seconds, deadline, on_event or _ignore)
+    conductor = _Conductor(driver, cpus_per_trial, trial_seconds, deadline, before_trial, on_event or _ignore)
     # A bundle may not be empty: a byte is as little as can be asked for.
     bundle = {"memory": 1} if in_group else {"CPU": cpus_per_trial, "GPU": gpus_per_trial}
     resources = tune.PlacementGroupFactory([bundle])
@@ -132,12 +134,14 @@ class _Conductor(Searcher, TrialScheduler):
         threads: int,
         trial_seconds: float | None,
         deadline: float | None,
+        before_trial: Callable[[], float],
         on_event: OnEvent,
     ) -> None:
         Searcher.__init__(self)
         TrialScheduler.__init__(self)
         self.driver, self.deadline = driver, deadline
         self.interrupted = False
+        self._before_trial = before_trial
         self._threads, self._trial_seconds, self._on_event = threads, trial_seconds, on_event
         self._tasks: dict[str, TrialTask] = {}  # by Tune's trial id
         self._began: dict[int, float] = {}
@@ -174,11 +178,12 @@ class _Conductor(Searcher, TrialScheduler):
             return Searcher.FINISHED
         seconds = self._trial_seconds
         if self.deadline is not None:
-            left = self.deadline - time.time()
-            needed = (seconds or 0.0) * self.driver.next_share
-            if left <= 0 or left < _SHORTEST * needed:
+            share, left = self.driver.next_share, self.deadline - time.time()
+            if share == 1.0:  # one that goes on has been looked at
+                left -= self._before_trial()
+            if left <= 0 or left < _SHORTEST * (seconds or 0.0) * share:
                 return Searcher.FINISHED
-            if seconds is not None and self.driver.next_share == 1.0:
+            if seconds is not None and share == 1.0:
                 seconds = min(seconds, left)
         task = self.driver.ask(seconds=seconds, deadline=self.deadline)
         if task is None:

@@ -193,14 +193,16 @@ def test_no_trial_begins_that_cannot_end(tmp_path: Path, monkeypatch: pytest.Mon
         return found["task"].seconds if isinstance(found, dict) else None
 
     with StudyDriver(Space.parse(SPACE), config, {"val/dice": "max"}, tmp_path, DEFAULT) as driver:
-        conductor = tune._Conductor(driver, 1, 60.0, 1200.0, lambda _: None)
+        conductor = tune._Conductor(driver, 1, 60.0, 1200.0, lambda: 0.0, lambda _: None)
         assert suggest(conductor, 1000.0) == 60.0
         assert suggest(conductor, 1142.0) == 58.0, "nearly the full length will do"
         assert suggest(conductor, 1146.0) is None
+        looking = tune._Conductor(driver, 1, 60.0, 1200.0, lambda: 20.0, lambda _: None)
+        assert suggest(looking, 1125.0) is None, "of 75 s 20 go before it trains"
         driver.prune(1)
         driver.report(0, 1, 0.9, {"val/dice": 0.5})
     with StudyDriver(Space.parse(SPACE), config, {"val/dice": "max"}, tmp_path, DEFAULT) as driver:
-        conductor = tune._Conductor(driver, 1, 60.0, 1200.0, lambda _: None)
+        conductor = tune._Conductor(driver, 1, 60.0, 1200.0, lambda: 20.0, lambda _: None)
         assert suggest(conductor, 1190.0) == 60.0, "trial 0 goes on from nine tenths"
         assert suggest(conductor, 1190.0) is None, "trial 2 would have to begin anew"
         assert suggest(conductor, 1201.0) is None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import replay
@@ -93,12 +94,26 @@ def test_every_strategy_finds_the_best_and_again_in_the_same_time(name: str) -> 
     assert simulate(make(found, 7), found, goal) == first
 
 
-def test_settings_are_chosen_by_what_is_quick_on_the_other_tables() -> None:
-    variants = {
+def test_settings_are_chosen_by_what_is_quick_on_the_other_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
         "lost": lambda _table, _seed: Fixed([(1e-4, 4, "dice_ce")]),
         "found": lambda _table, _seed: Fixed([(1e-3, 4, "tversky")]),
     }
-    assert replay.choose(variants, [table(), table()], range(1)) == "found"
+    tables = {"a": table(), "b": table(), "c": table(best_lr=1e-4)}
+    monkeypatch.setattr(replay, "VARIANTS", {"one": found, "other": {"": found["lost"]}})
+    monkeypatch.setattr(replay, "_table", tables.__getitem__)
+    monkeypatch.setattr(replay, "replayed", lambda jobs: {job: replay.replay_one(job) for job in jobs})
+    assert replay._choices(list(tables), range(2)) == [
+        ("one", "found", "a"), ("one", "found", "b"), ("one", "found", "c"),
+        ("other", "", "a"), ("other", "", "b"), ("other", "", "c"),
+    ]  # fmt: skip
+    times = {"steady": [np.asarray([4.0, 4.0]), np.asarray([4.0])], "odd": [np.asarray([1.0]), np.asarray([32.0])]}
+    assert replay.choose(times) == "steady", "4 against the root of 32"
+
+
+def test_processes_replay_what_one_would() -> None:
+    jobs: list[replay.Job] = [("random", "", "segmentation3d", seed) for seed in (0, 1, 0)]
+    assert replay.replayed(jobs) == {job: replay.replay_one(job) for job in jobs[:2]}
 
 
 def test_ours_stops_what_is_hopeless() -> None:

@@ -30,6 +30,7 @@ from medray.report.data import (
     SelectionSummary,
     SiteRow,
     StudySummary,
+    TimeRow,
     TrialRow,
     WarmRow,
 )
@@ -64,7 +65,11 @@ def trial(number, state, value=None, **changes):
 def study(**changes):
     fields = {
         "name": "seg", "objective": "val/dice", "direction": "max", "budget": 1200.0, "spent": 1187.0,
-        "stages": {"search": 400.0, "final fit": 700.0}, "sampler": "tpe", "pruner": "asha",
+        "time": (
+            TimeRow(name="search: neither", seconds=40.4, share=0.034),
+            TimeRow(name="final fit", seconds=700.0, share=0.59),
+        ),
+        "sampler": "tpe", "pruner": "asha",
         "trials": (trial(0, "completed", 0.8), trial(1, "failed"), trial(2, "completed", 0.9),
                    trial(3, "pruned", 0.99)),
         "candidates": (
@@ -247,7 +252,8 @@ def test_hostile_names_are_shown_and_do_nothing(name):
             findings=(("error", HOSTILE, HOSTILE),), examples=(picture(HOSTILE),), spacing=HOSTILE, modality=HOSTILE,
         ),
         study=study(
-            name=HOSTILE, objective=HOSTILE, importance={HOSTILE: 1.0}, stages={HOSTILE: 1.0},
+            name=HOSTILE, objective=HOSTILE, importance={HOSTILE: 1.0},
+            time=(TimeRow(name=HOSTILE, seconds=1.0, share=1.0),),
             curves={f"final: {HOSTILE}": ((1.0, 0.5), (2.0, 0.6))},
             trials=(
                 TrialRow(number=0, state="failed", params={HOSTILE: HOSTILE}, values={}, seconds=1.0, note=HOSTILE),
@@ -320,9 +326,17 @@ def test_candidates_stand_against_the_best_single_network():
 
 def test_what_was_found_elsewhere_is_shown_and_why_if_nothing_was():
     warm = (WarmRow(trial=1, origin=HOSTILE, distance=0.42, there=0.031, here=None),)
-    shown = render(report(study=study(warm=warm, overhead=0.034)))
-    assert "0.42" in shown and "0.0310" in shown and HOSTILE not in shown and "3.4 %" in shown
+    shown = render(report(study=study(warm=warm)))
+    assert "0.42" in shown and "0.0310" in shown and HOSTILE not in shown
     assert "There was no search." in render(report(study=study(warm_note="There was no search.")))
+
+
+def test_where_the_time_went_is_shown_with_its_share():
+    shown = render(report())
+    (table,) = [part for part in shown.split("<table>") if "final fit" in part]
+    assert re.findall(r'<td>(.+?)</td><td class="n">(.+?)</td><td class="n">(.+?)</td>', table) == [
+        ("search: neither", "40 s", "3.4 %"), ("final fit", "11 min 40 s", "59.0 %"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("direction", "order"), [("max", ["2", "0", "3", "1"]), ("min", ["0", "2", "3", "1"])])

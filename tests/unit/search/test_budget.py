@@ -19,7 +19,7 @@ def test_the_parts_add_up() -> None:
     assert budget.search == pytest.approx(0.4 * 1150.0)
 
 
-@pytest.mark.parametrize("pruner", ["asha", "median", "none"])
+@pytest.mark.parametrize("pruner", ["curve", "asha", "median", "none"])
 @pytest.mark.parametrize("total", [120.0, 600.0, 1200.0, 7200.0])
 def test_trials_are_of_a_sensible_length_and_fit(total: float, pruner: str) -> None:
     budget = plan(total, pruner=pruner)
@@ -33,7 +33,8 @@ def test_fewer_trials_are_longer() -> None:
 
 
 def test_early_stops_and_concurrency_make_room() -> None:
-    assert plan(pruner="asha").trials > plan(pruner="median").trials > plan(pruner="none").trials
+    found = [plan(pruner=pruner).trials for pruner in ("asha", "curve", "median", "none")]
+    assert found == sorted(set(found), reverse=True)
     assert plan(600.0, concurrency=2, pruner="none").trials > plan(600.0, pruner="none").trials
 
 
@@ -58,6 +59,18 @@ def test_no_search_where_trials_would_tell_nothing() -> None:
     assert none.final == pytest.approx(1200.0 - 20.0 - 30.0)
     assert some.trial >= 100.0 and some.trials >= 3
     assert plan(shortest=200.0, trials=2).trials == 2  # who asks for two gets two
+
+
+def test_measuring_is_paid_for_by_the_search() -> None:
+    """Twelve networks of 20 s each: what trials train for is what these leave."""
+    for pruner in ("none", "curve"):
+        free, every = plan(pruner=pruner), plan(pruner=pruner, measuring=20.0)
+        few = plan(pruner=pruner, measuring=20.0, networks=3)
+        assert free.search == every.search == few.search
+        assert free.trial * free.trials > few.trial * few.trials > every.trial * every.trials
+        for budget, networks in ((every, every.trials), (few, 3)):
+            training = (expected_cost(budget.trials - 1, pruner) + 1.0) * budget.trial
+            assert training + 20.0 * networks + budget.trials <= budget.search + 1e-6
 
 
 def test_expected_cost_is_that_of_the_rule() -> None:

@@ -12,6 +12,7 @@ from medray.config.schema import StudyConfig
 from medray.errors import StudyError
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
+from medray.search.storage import MemoryFile
 from medray.search.trial import TrialOutcome, TrialTask
 
 SPACE = {
@@ -267,7 +268,21 @@ def test_an_asha_study_is_stored_with_pruned_trials_and_their_values(tmp_path: P
     assert all(trial.value == pytest.approx(score(trial.params)) for trial in ended)
 
 
+def test_a_study_in_memory_draws_and_stops_as_one_in_a_file(tmp_path: Path) -> None:
+    found = []
+    for file in (None, MemoryFile()):
+        config = StudyConfig(trials=30, pruner="asha")
+        space = Space.parse(SPACE)
+        with StudyDriver(space, config, {"val/dice": "max"}, tmp_path, DEFAULT, file=file) as driver:
+            found.append((run(driver), driver.counts()))
+    assert found[0] == found[1] and found[0][1]["pruned"] > 0 and len(found[0][0]) == 30
+
+
 # Limits -------------------------------------------------------------------------------------------------------------
+
+
+def limited(latency: float = 50.0, **others: float) -> dict[str, Any]:
+    return {"limits": {"latency_ms": latency} | others}
 
 
 def slow(params: Mapping[str, Any]) -> float:
@@ -276,17 +291,17 @@ def slow(params: Mapping[str, Any]) -> float:
 
 
 def finish_constrained(driver: StudyDriver, task: TrialTask) -> None:
-    value, constraints = score(task.params), {"latency_ms": slow(task.params)}
+    value, costs = score(task.params), {"latency_ms": 50.0 * (1.0 + slow(task.params)), "size_mb": 4.0}
     metrics = {"val/dice": value, "latency_ms": 10 * value * value}
-    driver.report(task.number, 1, 1 / 9, metrics, constraints=constraints)
-    driver.complete(task.number, TrialOutcome(metrics=metrics, constraints=constraints))
+    driver.report(task.number, 1, 1 / 9, metrics, costs=costs)
+    driver.complete(task.number, TrialOutcome(metrics=metrics, costs=costs))
 
 
 @pytest.mark.parametrize("objectives", [{"val/dice": "max"}, {"val/dice": "max", "latency_ms": "min"}], ids=len)
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_samplers_learn_to_keep_a_limit(tmp_path: Path, sampler: str, objectives: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"sampler": sampler, "trials": 60, "space": NUMERIC, "default": {"optim.lr": 0.5}}
-    with study(tmp_path, objectives=objectives, **settings) as driver:
+    with study(tmp_path, objectives=objectives, select=limited(), **settings) as driver:
         while (task := driver.ask()) is not None:
             finish_constrained(driver, task)
         kept = [record.feasible for record in driver.records()[1:]]
@@ -303,6 +318,7 @@ def test_a_resumed_study_with_limits_draws_what_it_would_have(tmp_path: Path, sa
         "sampler": sampler,
         "trials": 16,
         "objectives": {"val/dice": "max", "latency_ms": "min"},
+        "select": limited(),
     }
     drawn: dict[str, list[Any]] = {"whole": [], "parts": []}
     for name, stops in (("whole", [99]), ("parts", [3, 5, 99])):
@@ -314,7 +330,7 @@ def test_a_resumed_study_with_limits_draws_what_it_would_have(tmp_path: Path, sa
                     finish_constrained(driver, task)
                     count += 1
                 if task := driver.ask():  # and dies with it under way, its limits known already
-                    driver.report(task.number, 1, 0.05, {"val/dice": 0.1}, constraints={"latency_ms": 0.5})
+                    driver.report(task.number, 1, 0.05, {"val/dice": 0.1}, costs={"latency_ms": 75.0})
     assert drawn["parts"] == drawn["whole"] and len(drawn["whole"]) == 16
 
 
@@ -322,10 +338,10 @@ def test_a_refused_trial_is_stored_and_another_one_comes_in_its_place(tmp_path: 
     refusal = TrialOutcome(
         metrics={"latency_ms": 90.0},
         stopped="refused",
-        constraints={"latency_ms": 0.8},
+        costs={"latency_ms": 90.0},
         extras={"refused": ["latency_ms"]},
     )
-    with study(tmp_path, trials=4) as driver:
+    with study(tmp_path, trials=4, select=limited()) as driver:
         run(driver, 2)
         for _ in range(2):
             task = driver.ask()
@@ -333,7 +349,7 @@ def test_a_refused_trial_is_stored_and_another_one_comes_in_its_place(tmp_path: 
             driver.complete(task.number, refusal)
         record = driver.record(2)
         assert (record.state, record.stopped, record.values, record.feasible) == ("pruned", "refused", None, False)
-    with study(tmp_path, trials=4) as driver:
+    with study(tmp_path, trials=4, select=limited()) as driver:
         assert len(run(driver)) == 2, "four were wanted, and two of them were refused"
     with study(tmp_path / "all", trials=3) as driver:
         run(driver, 1)
@@ -344,14 +360,72 @@ def test_a_refused_trial_is_stored_and_another_one_comes_in_its_place(tmp_path: 
         assert asked == 8, "but not for ever"
 
 
+def test_under_other_limits_what_is_stored_follows_from_what_trials_cost(tmp_path: Path) -> None:
+    """Of trials that completed, were stopped, refused, or lie unfinished: also to Optuna's own reader."""
+
+    def stored() -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
+        trials = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}").trials
+        rest = [{k: v for k, v in t.system_attrs.items() if not k.startswith("constraints:")} for t in trials]
+        return [trial.constraints for trial in trials], rest
+
+    settings: dict[str, Any] = {"sampler": "nsga2", "trials": 8}
+    with study(tmp_path, select=limited(50.0), **settings) as driver:
+        for latency, size in ((40.0, 4.0), (60.0, 4.0), (80.0, 2.0), (20.0, 9.0), (math.nan, 1.0)):
+            task = driver.ask()
+            assert task is not None
+            costs = {"latency_ms": latency, "size_mb": size}
+            if task.number == 2:
+                driver.complete(2, TrialOutcome(metrics={}, stopped="refused", costs=costs))
+                continue
+            driver.report(task.number, 1, 1 / 9, {"val/dice": 0.1}, costs=costs)
+            if task.number == 3:
+                driver.prune(3)
+            elif task.number < 3:
+                driver.complete(task.number, TrialOutcome(metrics={"val/dice": 0.2}, costs=costs))
+    before, others = stored()
+    assert before == [{"latency_ms": -0.2}, {"latency_ms": 0.2}, {"latency_ms": 0.6}, {"latency_ms": -0.6}, {}]
+    with study(tmp_path, select=limited(80.0, size_mb=3.0), **settings) as driver:
+        assert [record.feasible for record in driver.records()] == [False, False, True, False, True]
+        found = [record.constraints for record in driver.records()]
+    assert found == [
+        {"latency_ms": -0.5, "size_mb": pytest.approx(1 / 3)}, {"latency_ms": -0.25, "size_mb": pytest.approx(1 / 3)},
+        {"latency_ms": 0.0, "size_mb": pytest.approx(-1 / 3)}, {"latency_ms": -0.75, "size_mb": 2.0},
+        {"size_mb": pytest.approx(-2 / 3)},
+    ]  # fmt: skip
+    assert stored() == (found, others), "nothing else has changed"
+    with study(tmp_path, **settings) as driver:
+        assert all(not record.constraints for record in driver.records())
+    assert stored() == ([{}] * 5, others)
+    with study(tmp_path, select=limited(50.0), **settings):
+        assert stored() == (before, others)
+
+
+def test_under_other_limits_a_study_draws_as_one_that_always_had_them(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sampler": "tpe", "trials": 40, "space": NUMERIC, "default": {"optim.lr": 0.5}}
+    drawn: dict[str, list[Any]] = {}
+    for name, first, then in (("changed", 500.0, 50.0), ("always", 50.0, 50.0), ("never", 500.0, 500.0)):
+        with study(tmp_path / name, select=limited(first), **settings) as driver:
+            for _ in range(10):  # at random
+                task = driver.ask()
+                assert task is not None
+                finish_constrained(driver, task)
+        with study(tmp_path / name, select=limited(then), **settings) as driver:
+            drawn[name] = []
+            for _ in range(6):
+                task = driver.ask()
+                assert task is not None
+                drawn[name].append(task.params)
+                finish_constrained(driver, task)
+    assert drawn["changed"] == drawn["always"] != drawn["never"]
+
+
 def test_at_a_rung_a_trial_that_breaks_a_limit_stands_behind_all_that_keep_them(tmp_path: Path) -> None:
-    with study(tmp_path, objectives={"val/dice": "max", "latency_ms": "min"}, pruner="asha") as driver:
+    objectives = {"val/dice": "max", "latency_ms": "min"}
+    with study(tmp_path, objectives=objectives, pruner="asha", select=limited()) as driver:
         tasks = [task for _ in range(4) if (task := driver.ask())]
         for task, dice, latency in zip(tasks, (0.2, 0.9, 0.5, 0.95), (10.0, 40.0, 20.0, 99.0), strict=True):
-            constraints = {"latency_ms": latency / 50 - 1}
-            stop = driver.report(
-                task.number, 1, 1 / 9, {"val/dice": dice, "latency_ms": latency}, constraints=constraints
-            )
+            costs = {"latency_ms": latency}
+            stop = driver.report(task.number, 1, 1 / 9, {"val/dice": dice, "latency_ms": latency}, costs=costs)
             # None of the first three beats another in both; the fourth is the most accurate, and too slow.
             assert stop == (latency > 50)
 

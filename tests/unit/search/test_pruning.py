@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 from medray.search.pruning import asha, median, never
+from medray.search.pruning import curve as at_its_pace
 
 
 def curve(*losses: float, upto: float = 1.0) -> list[tuple[float, tuple[float, ...]]]:
@@ -78,3 +79,48 @@ def test_median_counts_those_that_were_stopped_before() -> None:
 
 def test_never() -> None:
     assert not never({0: curve(1.0), 1: curve(9.0)}, 1)
+
+
+# At its pace ---------------------------------------------------------------------------------------------------------
+
+
+def test_who_would_end_behind_what_another_has_reached_is_stopped() -> None:
+    seen = {0: curve(*[0.9 - 0.05 * n for n in range(9)])}  # ends at 0.5
+    slow, fast = curve(0.9, 0.88, 0.86), curve(0.9, 0.84, 0.78)
+    assert at_its_pace(seen | {1: slow}, 1), "0.02 a ninth: 0.74 in the end"
+    assert not at_its_pace(seen | {1: fast}, 1), "0.06 a ninth: 0.42 in the end"
+    assert not at_its_pace({1: slow}, 1), "there is no other"
+
+
+def test_the_pace_is_that_of_the_latter_half_and_of_the_best_reports() -> None:
+    seen = {0: curve(*[0.55] * 9)}
+    steep_then_flat = curve(2.0, 1.2, 0.7, 0.65, 0.64, 0.63)
+    assert at_its_pace(seen | {1: steep_then_flat}, 1), "0.023 a ninth since a third: 0.56 in the end"
+    flat_then_steep = curve(2.0, 2.0, 2.0, 1.9, 1.5, 1.0)
+    assert not at_its_pace(seen | {1: flat_then_steep}, 1)
+    noisy = curve(0.9, 0.8, 0.7, 0.95, 0.6, 0.66)
+    assert not at_its_pace(seen | {1: noisy}, 1), "its best stands, not its last report"
+
+
+def test_nothing_is_said_of_first_steps_nor_at_the_end() -> None:
+    seen = {0: curve(*[0.1] * 9)}
+    assert not at_its_pace(seen | {1: curve(0.9, 0.9)}, 1), "two ninths"
+    assert at_its_pace(seen | {1: curve(0.9, 0.9, 0.9)}, 1)
+    assert not at_its_pace(seen | {1: curve(*[0.9] * 9)}, 1), "what has run to its end has ended"
+    assert not at_its_pace(seen | {1: [(0.5, (0.9,))]}, 1), "one report has no pace"
+
+
+def test_with_several_objectives_it_must_fall_behind_in_all() -> None:
+    seen = {0: [(1.0, (0.5, 20.0))]}
+    small = [(1 / 9, (0.9, 10.0)), (1 / 3, (0.8, 10.0))]
+    large = [(1 / 9, (0.9, 20.0)), (1 / 3, (0.85, 20.0))]
+    assert not at_its_pace(seen | {1: small}, 1), "slower to learn, but it costs less"
+    assert at_its_pace(seen | {1: large}, 1), "0.7 in the end, and no cheaper"
+
+
+def test_what_breaks_a_limit_is_stopped_once_another_keeps_it() -> None:
+    broken = [(1 / 9, (math.inf,)), (1 / 3, (math.inf,))]
+    assert at_its_pace({0: curve(0.9), 1: broken}, 1)
+    assert not at_its_pace({0: [(1.0, (math.inf,))], 1: broken}, 1), "nobody keeps it"
+    late = [(1 / 9, (math.nan,)), (1 / 3, (0.9,))]
+    assert not at_its_pace({0: curve(*[0.1] * 9), 1: late}, 1), "it has only just begun to learn"

@@ -186,7 +186,7 @@ def test_averaged_logits_are_the_bundles(kind, scale):
     """What is chosen and calibrated here is what the bundle's one graph will say."""
     torch.manual_seed(0)
     parts = [torch.randn(5, 3) * scale for _ in range(3)]
-    members = [_Answers(part) for part in parts]
+    members = [Answering(part) for part in parts]
     expected = EnsembleModel(members, kind)(torch.zeros(5, 1)).numpy()
     found = np.stack(
         [choosing._mean_logits([part[row].numpy() for part in parts], find_task(kind)) for row in range(5)]
@@ -195,7 +195,9 @@ def test_averaged_logits_are_the_bundles(kind, scale):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-class _Answers(nn.Module):
+class Answering(nn.Module):
+    """A network that says the same to everything."""
+
     def __init__(self, logits):
         super().__init__()
         self.logits = logits

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from medray.bundle.ensemble import EnsembleModel
 from medray.tasks.catalogue import find_task
@@ -21,7 +20,7 @@ from medray.workflows.packing import write_champion
 from medray.workflows.planning import prepare_directory
 from medray.workflows.predictions import NAME, Predictions, load_predictions
 from medray.workflows.recipe import Recipe
-from tests.unit.workflows.test_champion import classified, untrained
+from tests.unit.workflows.test_champion import Answering, classified, untrained
 
 
 def said(shares, targets, groups=None, *, kind="classification", metric="accuracy", case=None):
@@ -202,7 +201,7 @@ def test_weighted_logits_are_the_bundles(kind, rule):
     torch.manual_seed(0)
     parts = [torch.randn(6, 3) * 20 for _ in range(3)]
     weights = None if rule == "vote" else (0.6, 0.3, 0.1)
-    expected = EnsembleModel([_Answers(part) for part in parts], kind, weights, rule)(torch.zeros(6, 1)).numpy()
+    expected = EnsembleModel([Answering(part) for part in parts], kind, weights, rule)(torch.zeros(6, 1)).numpy()
     found = np.stack(
         [
             choosing._mean_logits([part[row].numpy() for part in parts], find_task(kind), weights, rule)
@@ -211,15 +210,6 @@ def test_weighted_logits_are_the_bundles(kind, rule):
     )
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-class _Answers(nn.Module):
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, x):
-        return self.logits
 
 
 def test_a_member_of_no_weight_counts_for_nothing():

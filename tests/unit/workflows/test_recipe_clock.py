@@ -170,6 +170,14 @@ def test_a_stage_that_fails_is_booked_too(tmp_path):
     assert "search" in json.loads(clock.path.read_text(encoding="utf-8"))["stages"]
 
 
+def test_a_stage_that_runs_is_booked_as_far_as_it_has_come(tmp_path):
+    clock = Clock(tmp_path / "clock.json", 10.0)
+    clock.stages["report"] = 5.0
+    with clock.stage("report"):
+        assert 5.0 <= clock.booked["report"] < 6.0 and clock.stages["report"] == 5.0
+    assert clock.booked == clock.stages
+
+
 def test_saving_often_is_cheap_and_leaves_no_parts(tmp_path):
     clock = Clock(tmp_path / "clock.json", 10.0)
     clock.save()

@@ -31,7 +31,7 @@ def costs(latency: float, *, half: float = 0.5, size: float = 1.0, **changes: An
         shape=(1, 32, 32), latency_ms=Interval(latency, latency - half, latency + half),
         latency_p95_ms=Interval(latency * 2, latency, latency * 3), fastest_ms=latency / 2,
         memory_mb=Interval(500.0, 499.0, 500.0), size_mb=size, parameters=1000, processes=3, calls=90, others=0.0,
-        trained=True, seconds=9.0,
+        trained=True, seconds=9.0, process_seconds=2.0,
     )  # fmt: skip
     return replace(found, **changes)
 

@@ -22,7 +22,6 @@ from medray.workflows.conclusion import (
     _headline,
     _leaderboard,
     _losses,
-    _search_overhead,
     _trial_row,
     _warm_note,
     _warm_rows,
@@ -142,7 +141,11 @@ def gain(**changes):
 
 def test_the_result_is_json_that_any_program_reads(tmp_path):
     result = Concluded(
-        champion="default", headline="h", gain=gain(), metrics={"dice": (0.5, 0.4, 0.6), "hd95": (math.nan,) * 3}
+        champion="default",
+        headline="h",
+        gain=gain(),
+        metrics={"dice": (0.5, 0.4, 0.6), "hd95": (math.nan,) * 3},
+        time={"final fit": 61.23},
     )
     result.save(tmp_path / "result.json", seconds=12.0)
 
@@ -151,6 +154,7 @@ def test_the_result_is_json_that_any_program_reads(tmp_path):
 
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert found["metrics"] == {"dice": [0.5, 0.4, 0.6], "hd95": [None] * 3}
+    assert found["time"] == {"final fit": 61.2}
     assert found["default"] == [0.5, 0.4, 0.6] and found["difference"] == [None] * 3
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
@@ -207,13 +211,6 @@ def test_the_report_says_what_came_of_what_others_found():
     assert _trial_row(records[1]).note == "from liver"
     assert _warm_note(SimpleNamespace(study=StudyConfig(warm_start=False), records=records)).startswith("Off")
     assert _warm_note(SimpleNamespace(study=StudyConfig(), records=())) == "There was no search."
-
-
-def test_what_the_search_itself_cost_is_what_no_trial_trained():
-    records = tuple(record(number, "completed", seconds=20.0) for number in range(4))
-    clock = SimpleNamespace(stages={"search": 50.0}, spent=200.0)
-    assert _search_overhead(SimpleNamespace(records=records, slots=2, clock=clock)) == pytest.approx(0.05)
-    assert math.isnan(_search_overhead(SimpleNamespace(records=(), slots=2, clock=clock)))
 
 
 def test_a_study_that_ended_is_a_past_study_for_the_next(tmp_path):
@@ -280,7 +277,7 @@ def test_what_was_fitted_before_stands_behind_the_default(tmp_path: Path) -> Non
     vars(study).update(
         chooser=SimpleNamespace(is_plain=False), clock=SimpleNamespace(stage=lambda _: nullcontext()),
         asked=SimpleNamespace(study=SimpleNamespace(ensemble=False)), _pick=lambda _: None,
-        _finish_seconds=lambda _: 0.0,
+        forecast=SimpleNamespace(finish=lambda _: 0.0),
         _finalist=lambda name: name if (tmp_path / "final" / name).is_dir() else None,
     )  # fmt: skip
     found = study._final([], SimpleNamespace(gpus=0))  # type: ignore[arg-type]
