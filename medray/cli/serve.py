@@ -15,6 +15,9 @@ def serve(
         list[str], typer.Argument(metavar="CONFIG | BUNDLE...", help="serve.yaml, or bundles, each a model of its own.")
     ],
     port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Also answer the Open Inference Protocol over gRPC, on this port.")
+    ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; beyond loopback with --keys. [default: 127.0.0.1]")
     ] = None,
@@ -36,7 +39,7 @@ def serve(
 
     changes: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
-        for name, value in (("host", host), ("port", port), ("state", state))
+        for name, value in (("host", host), ("port", port), ("grpc_port", grpc_port), ("state", state))
         if value is not None
     }
     if keys is not None:

@@ -105,6 +105,12 @@ class ServeConfig(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback only with security.keys")
     port: int = Field(8000, ge=1, le=65_535)
+    grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65_535,
+        description="the Open Inference Protocol over gRPC, on the same host; null: not at all. On one machine only",
+    )
     state: str = Field("runs/serve", description="folder of the audit trail, kept answers and metrics; private")
     models: dict[Name, ModelEntry] = Field(min_length=1, max_length=256)
     default: str | None = Field(None, description="the model of requests that name none; null: the only one")
@@ -119,6 +125,8 @@ class ServeConfig(Section):
     def _consistent(self) -> ServeConfig:
         if self.default is not None and self.default not in self.models:
             raise ValueError(f"default={self.default!r} is none of the models: {', '.join(self.models)}")
+        if self.grpc_port == self.port:
+            raise ValueError(f"grpc_port={self.grpc_port} is the port of HTTP; set another one")
         if self.security.keys is None and not is_loopback(self.host):
             raise ValueError(
                 f"host={self.host} can be reached from other machines, and security.keys is not set, so that anyone "

@@ -208,6 +208,10 @@ def build(arguments: dict[str, str]) -> Any:
             f"{path}: on a cluster other machines reach the server, and security.keys is not set, so that anyone could "
             "ask. Make keys with 'medray keys add NAME --file keys.json', and set security.keys: keys.json"
         )
+    if config.grpc_port is not None:
+        from medray.engines.ray.serve.server import NOT_THERE
+
+        raise ConfigError(f"{path}: {NOT_THERE}")
     with contextlib.suppress(OSError):  # of an earlier server
         (Path(config.state) / ACCEPTED).unlink(missing_ok=True)
     return application(config, path, {}, cpus=(config.replicas.cpus or usable_cpus()) * config.replicas.most)
