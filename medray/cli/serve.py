@@ -12,7 +12,10 @@ from medray.cli.show import say
 
 def serve(
     what: Annotated[
-        list[str], typer.Argument(metavar="CONFIG | BUNDLE...", help="serve.yaml, or bundles, each a model of its own.")
+        list[str],
+        typer.Argument(
+            metavar="CONFIG | BUNDLE...", help="serve.yaml; or bundles, or models:/NAME@champion, each a model."
+        ),
     ],
     port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
     grpc_port: Annotated[
@@ -27,6 +30,9 @@ def serve(
     ] = None,
     runtime: Annotated[Literal["auto", "torch", "onnx", "openvino"] | None, typer.Option(help="What computes.")] = None,
     address: Annotated[str | None, typer.Option(help="host:port of a Ray cluster to serve on.")] = None,
+    registry: Annotated[Path, typer.Option(help="Folder with the mlflow.db that models:/... is looked up in.")] = Path(
+        "runs"
+    ),
 ) -> None:
     """Serve: images in, answers out, until Ctrl-C. The server follows its configuration file while it runs.
 
@@ -49,4 +55,4 @@ def serve(
         say(f"serving at {url}; ask {url}/v1/models, or send an image to {url}/v1/predict")
         say(f"follows {path}; Ctrl-C ends it")
 
-    run(what, changes=changes, runtime=runtime, address=address, started=started)
+    run(what, changes=changes, runtime=runtime, address=address, registry=registry, note=say, started=started)

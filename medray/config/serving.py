@@ -9,7 +9,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medray.config.schema import Duration, NonNegative, Section
 from medray.config.yamlfile import read_yaml
@@ -26,6 +26,16 @@ class VersionConfig(Section):
     share: NonNegative = Field(
         1.0, description="of the requests that name no version, over the sum of all shares; 0: only when asked for"
     )
+
+    @field_validator("bundle")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if value.startswith("models:/"):
+            raise ValueError(
+                f"{value}: an alias may move, and with it the model; so a file names a folder. 'medray serve {value}' "
+                "says which it is"
+            )
+        return value
 
 
 class ModelEntry(Section):

@@ -28,6 +28,7 @@ class Server:
     """A running server, its configuration file, and keys that may predict, and do all."""
 
     url: str
+    grpc: str
     path: Path
     state: Path
     process: subprocess.Popen[bytes]
@@ -63,9 +64,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
     root = tmp_path_factory.mktemp("server")
     bundles = {"cls": write_small(root / "cls"), "other": write_small(root / "other", seed=1)}
     bundles["seg"] = write_small(root / "seg", "segmentation", ndim=3)
-    port, state = free_port(), root / "state"
+    port, grpc_port, state = free_port(), free_port(), root / "state"
     content: dict[str, Any] = {
         "port": port,
+        "grpc_port": grpc_port,
         "state": str(state),
         "default": "cls",
         "models": {
@@ -89,7 +91,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
         while b"serving at" not in (root / "out.txt").read_bytes():
             assert process.poll() is None and time.monotonic() < until, (root / "out.txt").read_text()
             time.sleep(0.2)
-        yield Server(f"http://127.0.0.1:{port}", path, state, process, key, admin, bundles)
+        yield Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", path, state, process, key, admin, bundles)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
