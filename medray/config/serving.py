@@ -77,14 +77,17 @@ class BatchingConfig(Section):
 
 
 class ReplicasConfig(Section):
-    """Processes that answer. Those beyond the first come and go with the load."""
+    """Processes that answer. They come and go with the load, between ``least`` and ``most``."""
 
-    least: int = Field(1, ge=1, le=1024)
+    least: int = Field(1, ge=0, le=1024, description="0: none where nobody asks; the next request waits for a start")
     most: int = Field(1, ge=1, le=1024)
     cpus: int | None = Field(None, ge=1, le=1024, description="of each, and its threads; null: an equal part of all")
-    load: float = Field(4.0, gt=0, le=1000, description="requests at once in a replica, above which another is started")
+    load: float = Field(
+        4.0, gt=0, le=1000, description="requests and jobs at once in a replica, above which another is started"
+    )
     up_seconds: Duration = Field(1.0, description="of such load, before another replica is started")
     down_seconds: Duration = Field(60.0, description="of less load, before one is stopped")
+    idle_seconds: Duration = Field(600.0, description="without any load, before the last is stopped; with least=0")
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import socket
 import threading
@@ -15,6 +16,10 @@ import grpc
 import numpy as np
 import pytest
 import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from medray.config.serving import ServeConfig, check_serving
 from medray.engines.ray.serve import grpc_door
@@ -54,26 +59,29 @@ class Behind:
             return message(f"{name}Response").FromString(answer)
 
 
-@pytest.fixture
-def behind(make_service: Callable[..., Any], small_bundles: dict[str, Path], tmp_path: Path) -> Iterator[Behind]:
-    key = add_key(tmp_path / "keys.json", "clinic", ("predict",), requests_per_minute=100)
-    models = {
-        name: {"runtime": "torch", "versions": {"1": {"bundle": str(small_bundles[name])}}} for name in ("cls", "seg")
-    }
+@contextlib.contextmanager
+def running(
+    make_service: Callable[..., Any], bundles: dict[str, Path], folder: Path, **security: str
+) -> Iterator[Behind]:
+    """The routes of two models behind uvicorn, and the door before them."""
+    key = add_key(folder / "keys.json", "clinic", ("predict",), requests_per_minute=100)
+    models = {name: {"runtime": "torch", "versions": {"1": {"bundle": str(bundles[name])}}} for name in ("cls", "seg")}
     content = {
         "port": free_port(),
         "grpc_port": free_port(),
         "models": models,
         "limits": {"body_mb": 1, "body_seconds": 2, "waiting": 4},
-        "security": {"keys": str(tmp_path / "keys.json")},
+        "security": {"keys": str(folder / "keys.json"), **security},
     }
     service = make_service(**content)
-    config = check_serving({**content, "state": str(tmp_path / "state")}, source="test", folder=tmp_path)
+    config = check_serving({**content, "state": str(folder / "state")}, source="test", folder=folder)
+    files = {"ssl_certfile": security.get("certificate"), "ssl_keyfile": security.get("private_key")}
     app = create_app(lambda: service)
-    http = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=config.port, log_level="critical"))
+    http = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=config.port, log_level="critical", **files))
     thread = threading.Thread(target=http.run, daemon=True)
     thread.start()
     while not http.started:
+        assert thread.is_alive()
         time.sleep(0.01)
     try:
         with grpc_door.opened(config) as address:
@@ -81,6 +89,36 @@ def behind(make_service: Callable[..., Any], small_bundles: dict[str, Path], tmp
     finally:
         http.should_exit = True
         thread.join(30)
+
+
+@pytest.fixture
+def behind(make_service: Callable[..., Any], small_bundles: dict[str, Path], tmp_path: Path) -> Iterator[Behind]:
+    with running(make_service, small_bundles, tmp_path) as made:
+        yield made
+
+
+def certificate(folder: Path) -> dict[str, str]:
+    """Files of a certificate that signs itself, of a machine with another name than ours."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server.clinic.example")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("server.clinic.example")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    (folder / "server.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "server.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    )
+    return {"certificate": str(folder / "server.pem"), "private_key": str(folder / "server.key")}
 
 
 def tensor(raw: bool = True, **changes: Any) -> Any:
@@ -240,6 +278,20 @@ def test_it_listens_where_it_is_told_and_says_when_it_can_not(behind: Behind, tm
         probe.connect(("127.0.0.2", behind.config.grpc_port))
     with pytest.raises(ServingError, match="can't listen"), grpc_door.opened(behind.config):
         pass
+
+
+def test_with_a_certificate_it_speaks_tls_on_both_sides(
+    make_service: Callable[..., Any], small_bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    files = certificate(tmp_path)
+    trusted = grpc.ssl_channel_credentials(Path(files["certificate"]).read_bytes())
+    name = [("grpc.ssl_target_name_override", "server.clinic.example")]
+    with running(make_service, small_bundles, tmp_path, **files) as made:
+        with grpc.secure_channel(made.address, trusted, options=name) as channel:
+            ask = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            answer = ask(tensor().SerializeToString(), metadata=[("x-api-key", made.key)], timeout=60)
+            assert message("ModelInferResponse").FromString(answer).model_name == "cls"
+        assert refused(lambda: made.call("ServerLive", message("ServerLiveRequest")())) == grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_server_that_is_gone_is_unavailable(behind: Behind, tmp_path: Path) -> None:
