@@ -1,4 +1,5 @@
-"""Where scalars, pictures and artifacts of a run are written: TensorBoard, MLflow, both, or nowhere.
+"""Where scalars, pictures and artifacts of a run are written: TensorBoard, MLflow, both, or nowhere; and MLflow's
+registry, where a study's bundle has a name and a version.
 
 Callers are handed a :class:`Tracker` and know no vendor. Behind :class:`Trackers`, a store that fails (a full disk, a
 lock) ends no run.
@@ -11,10 +12,12 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote, urlsplit
 
-from medray.errors import MissingDependencyError
+from medray.errors import MissingDependencyError, StorageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +27,13 @@ if TYPE_CHECKING:
     """(H, W) or (H, W, 3) uint8, or a picture's file."""
 
 _log = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+"""Alias of the version that a study registered last."""
+_DATABASE = "mlflow.db"
+_BUNDLE = "bundle"
+_DIGEST = "medray.bundle"
+"""Tag of a version: SHA-256 of its bundle's bundle.json, which names the hash of every other file."""
 
 
 class Tracker(Protocol):
@@ -161,19 +171,11 @@ class MlflowTracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        # MLflow would report its use to its makers; nothing leaves a hospital unasked.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        try:
-            from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
-        except ImportError:
-            raise MissingDependencyError("mlflow", "Tracking with MLflow", "pip install mlflow") from None
-        for chatty in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
         folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+        self._client = _client(folder)
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
             try:
@@ -214,11 +216,110 @@ class MlflowTracker:
         else:
             self._client.log_artifact(self.run_id, str(path))
 
+    def register(self, name: str, bundle: Path, digest: str) -> str:
+        """Keep a copy of a bundle with the run, as a new version of a registered model, its champion from now on.
+
+        Args:
+            name: of the model.
+            bundle: its folder.
+            digest: SHA-256 of its ``bundle.json``.
+
+        Returns:
+            The version's number.
+        """
+        from mlflow.exceptions import MlflowException
+
+        self._client.log_artifacts(self.run_id, str(bundle), _BUNDLE)
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{_BUNDLE}"
+        made = self._client.create_model_version(
+            name, source, run_id=self.run_id, tags={_DIGEST: digest}, await_creation_for=0
+        )
+        version = str(made.version)
+        self._client.set_registered_model_alias(name, CHAMPION, version)
+        return version
+
     def close(self, status: str = "FINISHED") -> None:
         """End the run; ``status`` is MLflow's: FINISHED, FAILED or KILLED."""
         if self._open:
             self._open = False
             self._client.set_terminated(self.run_id, status)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A version of a registered model.
+
+    Attributes:
+        folder: of its bundle.
+        digest: SHA-256 that the bundle's ``bundle.json`` had when it was registered.
+    """
+
+    name: str
+    version: str
+    folder: Path
+    digest: str
+
+
+def registered(folder: Path, name: str, *, alias: str | None = None, version: str | None = None) -> Registered:
+    """Look a model's version up in the registry of ``folder``, by its alias or by its number.
+
+    Raises:
+        StorageError: no registry, no such model, alias or version, one that medray didn't register, or a bundle that
+            isn't on this machine.
+        MissingDependencyError: MLflow is not installed.
+    """
+    if not (folder / _DATABASE).is_file():
+        raise StorageError(
+            f"{folder}: holds no {_DATABASE}, the registry that studies write. Give the folder of the runs"
+        )
+    client = _client(folder.absolute())
+    from mlflow.exceptions import MlflowException
+
+    asked = f"models:/{name}@{alias}" if alias is not None else f"models:/{name}/{version}"
+    try:
+        found = (
+            client.get_model_version_by_alias(name, alias)
+            if alias is not None
+            else client.get_model_version(name, str(version))
+        )
+    except MlflowException as error:
+        known = ", ".join(sorted(one.name for one in client.search_registered_models())[:10]) or "none"
+        raise StorageError(
+            f"{asked}: {folder / _DATABASE} has no such version ({error}). Models there: {known}"
+        ) from None
+    digest, source = found.tags.get(_DIGEST), str(found.source)
+    if not digest:
+        raise StorageError(
+            f"{asked} (version {found.version}): was not registered by medray, so nothing says that its files are "
+            "unaltered. Give the bundle's folder"
+        )
+    parts = urlsplit(source)
+    place = Path(unquote(parts.path))
+    if parts.scheme not in ("", "file") or not place.is_dir():
+        raise StorageError(
+            f"{asked} (version {found.version}): its bundle lies at {source}, which is no folder of this machine. "
+            "Fetch it, and give its folder"
+        )
+    return Registered(name=name, version=str(found.version), folder=place, digest=digest)
+
+
+def _client(folder: Path) -> Any:
+    """MLflow's client of the store in ``folder``, an absolute path."""
+    # MLflow would report its use to its makers; nothing leaves a hospital unasked.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    try:
+        from mlflow import MlflowClient
+    except ImportError:
+        raise MissingDependencyError("mlflow", "Tracking with MLflow", "pip install mlflow") from None
+    for chatty in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / _DATABASE}", registry_uri=f"sqlite:///{folder / _DATABASE}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,13 @@ def compress(
         Literal["int8", "dynamic"] | None,
         typer.Option(help="int8: calibrated on training cases; dynamic: linear layers."),
     ] = None,
+    qat: Annotated[
+        bool, typer.Option("--qat", help="With int8: also fine-tune for it; the better of the two is kept.")
+    ] = False,
     prune: Annotated[float | None, typer.Option(help="Share of channels to take away, then fine-tune.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of single weights to make zero, then fine-tune; the file packs smaller.")
+    ] = None,
     distill: Annotated[str | None, typer.Option(help="A network of the catalogue that learns from the bundle.")] = None,
     max_drop: Annotated[float, typer.Option(help="What each metric may lose on validation cases.")] = 0.005,
     runtime: Annotated[
@@ -33,7 +39,7 @@ def compress(
     temperature: Annotated[float, typer.Option(help="Of distillation.")] = 4.0,
     alpha: Annotated[float, typer.Option(help="Share of the teacher in distillation.")] = 0.5,
 ) -> None:
-    """Distil, prune and quantise, in this order; a step that costs too much or gains nothing is undone and reported.
+    """Distil, prune, make sparse and quantise, in this order; a step that costs too much or gains nothing is undone.
 
     Exits with 1 where no step was kept. Example: medray compress runs/seg/bundle --quantize int8 data=scans/ -o small
     """
@@ -42,7 +48,9 @@ def compress(
 
     options = CompressOptions(
         quantize=quantize,
+        qat=qat,
         prune=prune,
+        sparsity=sparsity,
         distill=distill,
         max_drop=max_drop,
         runtime=runtime,
@@ -59,7 +67,7 @@ def compress(
     for step in report.steps:
         found = step.verdict
         if found is None:
-            rows.append([step.name, "undone", "-", "-", "-", "-"])
+            rows.append([step.name, "undone", "-", "-", "-", "-", "-"])
             continue
         drops = "; ".join(f"{name} {interval(*drop)}" for name, drop in found.drops.items())
         rows.append(
@@ -70,10 +78,13 @@ def compress(
                 f"{found.speedup:.2f}",
                 found.engines[1],
                 f"{found.onnx_mb[0]:.2f} -> {found.onnx_mb[1]:.2f}",
+                f"{found.packed_mb[0]:.2f} -> {found.packed_mb[1]:.2f}",
             ]
         )
-    table(["step", "", "drop", "times faster", "engine", "MB served"], rows)
+    table(["step", "", "drop", "times faster", "engine", "MB served", "packed"], rows)
     for step in report.steps:
+        if step.compared:
+            say(f"{step.name}: {step.compared}")
         if step.reason:
             say(f"{step.name}: undone: {step.reason}")
     say(f"{report.validation_cases} validation cases; drops with 95 % intervals")

@@ -12,9 +12,15 @@ from medray.cli.show import say
 
 def serve(
     what: Annotated[
-        list[str], typer.Argument(metavar="CONFIG | BUNDLE...", help="serve.yaml, or bundles, each a model of its own.")
+        list[str],
+        typer.Argument(
+            metavar="CONFIG | BUNDLE...", help="serve.yaml; or bundles, or models:/NAME@champion, each a model."
+        ),
     ],
     port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Also answer the Open Inference Protocol over gRPC, on this port.")
+    ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; beyond loopback with --keys. [default: 127.0.0.1]")
     ] = None,
@@ -24,6 +30,9 @@ def serve(
     ] = None,
     runtime: Annotated[Literal["auto", "torch", "onnx", "openvino"] | None, typer.Option(help="What computes.")] = None,
     address: Annotated[str | None, typer.Option(help="host:port of a Ray cluster to serve on.")] = None,
+    registry: Annotated[Path, typer.Option(help="Folder with the mlflow.db that models:/... is looked up in.")] = Path(
+        "runs"
+    ),
 ) -> None:
     """Serve: images in, answers out, until Ctrl-C. The server follows its configuration file while it runs.
 
@@ -36,7 +45,7 @@ def serve(
 
     changes: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value
-        for name, value in (("host", host), ("port", port), ("state", state))
+        for name, value in (("host", host), ("port", port), ("grpc_port", grpc_port), ("state", state))
         if value is not None
     }
     if keys is not None:
@@ -46,4 +55,4 @@ def serve(
         say(f"serving at {url}; ask {url}/v1/models, or send an image to {url}/v1/predict")
         say(f"follows {path}; Ctrl-C ends it")
 
-    run(what, changes=changes, runtime=runtime, address=address, started=started)
+    run(what, changes=changes, runtime=runtime, address=address, registry=registry, note=say, started=started)

@@ -9,7 +9,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medray.config.schema import Duration, NonNegative, Section
 from medray.config.yamlfile import read_yaml
@@ -26,6 +26,16 @@ class VersionConfig(Section):
     share: NonNegative = Field(
         1.0, description="of the requests that name no version, over the sum of all shares; 0: only when asked for"
     )
+
+    @field_validator("bundle")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if value.startswith("models:/"):
+            raise ValueError(
+                f"{value}: an alias may move, and with it the model; so a file names a folder. 'medray serve {value}' "
+                "says which it is"
+            )
+        return value
 
 
 class ModelEntry(Section):
@@ -67,14 +77,17 @@ class BatchingConfig(Section):
 
 
 class ReplicasConfig(Section):
-    """Processes that answer. Those beyond the first come and go with the load."""
+    """Processes that answer. They come and go with the load, between ``least`` and ``most``."""
 
-    least: int = Field(1, ge=1, le=1024)
+    least: int = Field(1, ge=0, le=1024, description="0: none where nobody asks; the next request waits for a start")
     most: int = Field(1, ge=1, le=1024)
     cpus: int | None = Field(None, ge=1, le=1024, description="of each, and its threads; null: an equal part of all")
-    load: float = Field(4.0, gt=0, le=1000, description="requests at once in a replica, above which another is started")
+    load: float = Field(
+        4.0, gt=0, le=1000, description="requests and jobs at once in a replica, above which another is started"
+    )
     up_seconds: Duration = Field(1.0, description="of such load, before another replica is started")
     down_seconds: Duration = Field(60.0, description="of less load, before one is stopped")
+    idle_seconds: Duration = Field(600.0, description="without any load, before the last is stopped; with least=0")
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasConfig:
@@ -105,6 +118,12 @@ class ServeConfig(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback only with security.keys")
     port: int = Field(8000, ge=1, le=65_535)
+    grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65_535,
+        description="the Open Inference Protocol over gRPC, on the same host; null: not at all. On one machine only",
+    )
     state: str = Field("runs/serve", description="folder of the audit trail, kept answers and metrics; private")
     models: dict[Name, ModelEntry] = Field(min_length=1, max_length=256)
     default: str | None = Field(None, description="the model of requests that name none; null: the only one")
@@ -119,6 +138,8 @@ class ServeConfig(Section):
     def _consistent(self) -> ServeConfig:
         if self.default is not None and self.default not in self.models:
             raise ValueError(f"default={self.default!r} is none of the models: {', '.join(self.models)}")
+        if self.grpc_port == self.port:
+            raise ValueError(f"grpc_port={self.grpc_port} is the port of HTTP; set another one")
         if self.security.keys is None and not is_loopback(self.host):
             raise ValueError(
                 f"host={self.host} can be reached from other machines, and security.keys is not set, so that anyone "

@@ -1,4 +1,4 @@
-"""The study's entries in MLflow: a run for the study, one nested in it for each trial.
+"""The study's entries in MLflow: a run for the study, one nested in it for each trial, and its bundle in the registry.
 
 Written by a thread of the driver, behind a queue: opening the store takes seconds, and no trial waits for it. A store
 that can't be written costs a note, never the study: the study's own folder is the record.
@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medray.tracking import MlflowTracker
+from medray.bundle.files import sha256
+from medray.bundle.spec import MANIFEST_NAME
+from medray.tracking import CHAMPION, MlflowTracker
 
-PATIENCE = 15.0
-"""Seconds that the end of a study waits for entries still in the queue."""
+PATIENCE = 60.0
+"""Seconds that the end of a study waits for entries still in the queue, and for the copy of its bundle."""
 
 Note = Callable[[str], None]
 
@@ -61,20 +63,30 @@ class Diary:
 
         self._entries.put(write)
 
-    def end(self, metrics: Mapping[str, float], report: Path | None, *, status: str = "FINISHED") -> None:
-        """Close the study's run, and wait a little for what is still to be written."""
-        metrics = dict(metrics)
+    def end(self, metrics: Mapping[str, float], *, status: str = "FINISHED") -> None:
+        """Close the study's run, and wait a little for what is still to be written.
+
+        Of a study that finished the report goes with it, and the bundle into the registry, as a new version of a model
+        with the study's name: a copy, so that it stays what it is when the study goes on.
+        """
+        metrics, place = dict(metrics), self._folder / self._study
 
         def write() -> None:
             parent = self._open()
             parent.scalars(metrics, 0)
-            if report is not None and report.is_file():
-                parent.artifact(report)
+            if status == "FINISHED" and (place / "report.html").is_file():
+                parent.artifact(place / "report.html")
+            if status == "FINISHED" and (place / "bundle" / MANIFEST_NAME).is_file():
+                digest = sha256(place / "bundle" / MANIFEST_NAME)
+                version = parent.register(self._study, place / "bundle", digest)
+                self._note(f"registered as models:/{self._study}@{CHAMPION}, version {version}")
             parent.close(status)
 
         self._entries.put(write)
         self._entries.put(None)
         self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            self._note(f"MLflow was not done {PATIENCE:.0f} s after the study's end; entries may be missing there")
 
     def _open(self) -> MlflowTracker:
         if self._parent is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,15 @@ from typing import Any
 import yaml
 
 from medray import logs
+from medray.bundle.files import sha256
 from medray.bundle.spec import MANIFEST_NAME
 from medray.config.serving import ServeConfig, check_serving, load_serving
 from medray.data.writers.atomic import appearing
 from medray.errors import ServingError
+from medray.tracking import registered
 
+REGISTERED = "models:/"
+_REGISTERED = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[1-9][0-9]{0,8}))")
 FILE = "serve.yaml"
 LOCK = "lock"
 
@@ -51,24 +56,30 @@ def serve(
     changes: dict[str, Any],
     runtime: str | None = None,
     address: str | None = None,
+    registry: Path = Path("runs"),
+    note: Callable[[str], None] = lambda _: None,
     started: Callable[[str, Path], None] = lambda _url, _path: None,
     until: threading.Event | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Args:
-        what: one configuration file; or bundles, for which one is written into the state folder.
+        what: one configuration file; or bundles, for which one is written into the state folder. A bundle is a folder,
+            or ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` of the registry.
         changes: keys of the configuration that the command line sets; only beside bundles.
         runtime: of the bundles; None for the configuration's default.
         address: of a Ray cluster; None for this machine.
+        registry: folder that holds ``mlflow.db``.
+        note: told which version a name of the registry stands for, and where gRPC is answered.
         started: told the URL, and the file that the server follows.
         until: ends it as well.
 
     Raises:
         ServingError: neither a file nor bundles, another server uses the state folder, or the server doesn't come up.
+        StorageError: a name that the registry doesn't have.
         ConfigError: a configuration that the schema refuses.
     """
-    wanted = configuration(what, changes, runtime)
+    wanted = configuration(what, changes, runtime, registry=registry, note=note)
     config, path = wanted.config, wanted.path
     over = until or threading.Event()
     from medray.engines.ray.serve.server import serving
@@ -81,6 +92,8 @@ def serve(
         serving(config, path, address=address) as url,
         _ended_by_signals(over),  # again: Ray, as it starts, puts a handler of its own in place that ends at once
     ):
+        if config.grpc_port is not None:
+            note(f"gRPC at {config.host}:{config.grpc_port}")
         started(url, path)
         over.wait()
 
@@ -119,11 +132,21 @@ def alone(state: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | None = None) -> Wanted:
+def configuration(
+    what: Sequence[str],
+    changes: dict[str, Any],
+    runtime: str | None = None,
+    *,
+    registry: Path = Path("runs"),
+    note: Callable[[str], None] = lambda _: None,
+) -> Wanted:
     """What to serve by; made from bundles where they are named. Nothing is written yet.
 
+    A name of the registry is looked up now, once: a model is never changed by an alias that moves.
+
     Raises:
-        ServingError: neither a file nor bundles.
+        ServingError: neither a file nor bundles, or a registered bundle was altered.
+        StorageError: a name that the registry doesn't have.
         ConfigError: the schema refuses something.
     """
     if len(what) == 1 and Path(what[0]).is_file():
@@ -134,17 +157,20 @@ def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | N
         return Wanted(config=load_serving(path), path=path, text=None)
     models: dict[str, Any] = {}
     for text in what:
-        place = Path(text).absolute()
+        if text.startswith(REGISTERED):
+            name, version, place = _registered(text, registry, note)
+        else:
+            place, version = Path(text).absolute(), "1"
+            name = place.parent.name if place.name == "bundle" else place.name
         if not (place / MANIFEST_NAME).is_file():
             raise ServingError(
                 f"{text}: neither a bundle (a folder with {MANIFEST_NAME}) nor a configuration file such as "
                 "serve/serve.yaml"
             )
-        name = place.parent.name if place.name == "bundle" else place.name
         unique, number = name, 2
         while unique in models:
             unique, number = f"{name}-{number}", number + 1
-        models[unique] = {"versions": {"1": {"bundle": str(place)}}, **({"runtime": runtime} if runtime else {})}
+        models[unique] = {"versions": {version: {"bundle": str(place)}}, **({"runtime": runtime} if runtime else {})}
     here = Path.cwd()
     content = {**changes, "models": models}
     config = check_serving(content, source="the command line", folder=here)
@@ -153,6 +179,22 @@ def configuration(what: Sequence[str], changes: dict[str, Any], runtime: str | N
         content["security"] = {**content["security"], "keys": config.security.keys}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return Wanted(config=config, path=Path(config.state) / FILE, text=text)
+
+
+def _registered(text: str, registry: Path, note: Callable[[str], None]) -> tuple[str, str, Path]:
+    """Name, version and folder that a name of the registry stands for now."""
+    parts = _REGISTERED.fullmatch(text)
+    if parts is None:
+        raise ServingError(f"{text}: a registered model reads models:/NAME@champion, or models:/NAME/3 for a version")
+    found = registered(registry, parts["name"], alias=parts["alias"], version=parts["version"])
+    manifest = found.folder / MANIFEST_NAME
+    if not manifest.is_file() or sha256(manifest) != found.digest:
+        raise ServingError(
+            f"{text}: {found.folder} is not the bundle that was registered as version {found.version} (SHA-256 of "
+            f"{MANIFEST_NAME} differs). Serve another version, or the study's own bundle"
+        )
+    note(f"{text} is version {found.version}, {found.folder}")
+    return found.name, found.version, found.folder
 
 
 @contextlib.contextmanager

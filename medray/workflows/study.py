@@ -159,12 +159,10 @@ class _Study:
         try:
             conclusion = self._stages(address, concurrency, cpus, gpus)
         except BaseException:
-            self.diary.end({}, None, status="FAILED")
+            self.diary.end({}, status="FAILED")
             raise
         conclusion.save(self.directory / "result.json", seconds=self.clock.spent)
-        self.diary.end(
-            {name: value for name, (value, _, _) in conclusion.metrics.items()}, self.directory / "report.html"
-        )
+        self.diary.end({name: value for name, (value, _, _) in conclusion.metrics.items()})
         self._tell("done", conclusion.headline)
         return self._result(conclusion.champion, conclusion.headline)
 

@@ -12,6 +12,7 @@ import torch
 from medray.bundle.read import Bundle
 from medray.bundle.spec import InferenceSpec
 from medray.bundle.write import write_bundle
+from medray.compress.sparsify import zero_share
 from medray.errors import BundleError, CompressionError
 from medray.workflows import compress as workflow
 from medray.workflows.compress import CompressOptions, compress
@@ -109,6 +110,61 @@ def test_a_step_that_is_slower_is_undone_and_the_next_builds_on_what_was(trained
     assert "undone" in (tmp_path / "small/card.md").read_text()
 
 
+def test_quantisation_aware_training_is_judged_beside_quantisation_after_training(trained, tmp_path, monkeypatch):
+    timed(monkeypatch, 2.0, 2.0)
+    options = CompressOptions(quantize="int8", qat=True, max_drop=1.0, calibration=4, threads=1, runtime="onnx")
+    report = compress(trained, options, ["train.epochs=2"], out=tmp_path / "small")
+    after, qat = report.steps
+    assert [after.name, qat.name] == ["quantize int8", "quantize int8 qat"]
+    assert after.kept != qat.kept, "one of the two"
+    loser, winner = sorted(report.steps, key=lambda step: step.kept)
+    assert f"{winner.name} loses no more" in loser.reason
+    worst = [max(drop.value for drop in step.verdict.drops.values()) for step in (winner, loser)]
+    assert worst[0] < worst[1] or (worst[0] == worst[1] and after.kept)
+    assert after.verdict.metrics["auc"][0] == qat.verdict.metrics["auc"][0], "both against what they are made from"
+    assert qat.facts["seconds"] > 0 and qat.facts["calibration_cases"] == 4
+    assert qat.compared.startswith("against quantize int8: auc ") and not after.compared
+    small = Bundle.open(tmp_path / "small")
+    assert small.spec.precision == "int8" and "quantize int8 qat" in (tmp_path / "small/card.md").read_text()
+    work = tmp_path / "small-work"
+    rehearsed, source = Bundle.open(work / "quantize-int8-qat/bundle"), Bundle.open(trained)
+    before, weights = source.model().state_dict(), rehearsed.model().state_dict()
+    assert before.keys() == weights.keys()
+    name = next(key for key in before if key.endswith("weight") and before[key].ndim == 4)
+    assert not torch.equal(before[name], weights[name]), "it was trained"
+    statistics = [key for key in before if key.endswith("running_mean")]
+    assert statistics and all(torch.equal(before[key], weights[key]) for key in statistics)
+
+
+def test_zeros_survive_being_quantised_and_pack(trained, tmp_path, monkeypatch):
+    timed(monkeypatch, 1.0, 2.0, 2.0)
+    options = CompressOptions(
+        sparsity=0.8, quantize="int8", qat=True, max_drop=1.0, calibration=4, threads=1, runtime="onnx"
+    )
+    report = compress(trained, options, ["train.epochs=1"], out=tmp_path / "small")
+    sparse = report.steps[0]
+    assert sparse.name == "sparsity 0.8" and sparse.kept, "as fast as before, and smaller once packed"
+    assert sparse.facts["zeros_before"] == 0 and abs(sparse.facts["zeros_after"] - 0.8) < 0.01
+    before, after = sparse.verdict.packed_mb
+    assert after < 0.5 * before and sparse.verdict.onnx_mb[1] == pytest.approx(sparse.verdict.onnx_mb[0], rel=0.1)
+    for name in ("sparsity-0.8", "quantize-int8", "quantize-int8-qat"):
+        twin = Bundle.open(tmp_path / "small-work" / name / "bundle").model()
+        assert abs(zero_share(twin) - 0.8) < 0.01
+    with pytest.raises(CompressionError, match="int8 already"):
+        compress(tmp_path / "small", options, out=tmp_path / "smaller")
+    place = tmp_path / "small-work/sparsity-0.8/bundle"
+    (step,) = compress(place, CompressOptions(prune=0.5, threads=1), out=tmp_path / "cut").steps
+    assert not step.kept and "fine-tuning would fill them" in step.reason
+
+
+def test_a_sparsity_that_shrinks_neither_file_nor_time_is_undone(trained, tmp_path, monkeypatch):
+    timed(monkeypatch, 1.0)
+    options = CompressOptions(sparsity=0.02, max_drop=1.0, threads=1, runtime="onnx")
+    (step,) = compress(trained, options, ["train.epochs=1"], out=tmp_path / "small").steps
+    assert not step.kept and "neither latency nor size shrank" in step.reason and step.verdict is not None
+    assert not (tmp_path / "small").exists()
+
+
 def test_where_nothing_is_kept_nothing_is_written(trained, tmp_path, monkeypatch):
     timed(monkeypatch, 0.5)
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
@@ -130,6 +186,9 @@ def test_what_can_not_be_done_is_a_step_that_says_why(trained, tmp_path):
     [
         (CompressOptions(), "nothing to do"),
         (CompressOptions(prune=1.5), "between 0 and 1"),
+        (CompressOptions(sparsity=1.0), "sparsity"),
+        (CompressOptions(qat=True), "nothing to do"),
+        (CompressOptions(qat=True, quantize="dynamic"), "--quantize int8"),
         (CompressOptions(quantize="int8", max_drop=-1.0), "max-drop"),
         (CompressOptions(quantize="int8", calibration=0), "calibration"),
     ],

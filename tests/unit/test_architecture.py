@@ -50,6 +50,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pytorch_grad_cam": ("medray.explain",),
     "fastapi": ("medray.engines.ray.serve",),
     "starlette": ("medray.engines.ray.serve",),
+    "grpc": ("medray.engines.ray.serve",),
     "prometheus_client": ("medray.engines.ray.serve",),
     "hydra": ("medray.config",),
     "omegaconf": ("medray.config",),

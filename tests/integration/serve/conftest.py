@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ class Server:
     """A running server, its configuration file, and keys that may predict, and do all."""
 
     url: str
+    grpc: str
     path: Path
     state: Path
     process: subprocess.Popen[bytes]
@@ -63,9 +65,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
     root = tmp_path_factory.mktemp("server")
     bundles = {"cls": write_small(root / "cls"), "other": write_small(root / "other", seed=1)}
     bundles["seg"] = write_small(root / "seg", "segmentation", ndim=3)
-    port, state = free_port(), root / "state"
+    port, grpc_port, state = free_port(), free_port(), root / "state"
     content: dict[str, Any] = {
         "port": port,
+        "grpc_port": grpc_port,
         "state": str(state),
         "default": "cls",
         "models": {
@@ -77,6 +80,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
     }
     key = add_key(root / "keys.json", "clinic", ("predict",))
     admin = add_key(root / "keys.json", "it", ("predict", "metrics", "admin"))
+    with started(root, content, repository) as (path, process):
+        yield Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", path, state, process, key, admin, bundles)
+
+
+@contextlib.contextmanager
+def started(root: Path, content: dict[str, Any], repository: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """``medray serve`` by this configuration: its file, and the process, which answers by now."""
     path = root / "serve.yaml"
     path.write_text(yaml.safe_dump(content))
     paths = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
@@ -89,7 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
         while b"serving at" not in (root / "out.txt").read_bytes():
             assert process.poll() is None and time.monotonic() < until, (root / "out.txt").read_text()
             time.sleep(0.2)
-        yield Server(f"http://127.0.0.1:{port}", path, state, process, key, admin, bundles)
+        yield path, process
     finally:
         process.send_signal(signal.SIGTERM)
         try:

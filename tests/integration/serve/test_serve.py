@@ -89,6 +89,26 @@ def test_triton_s_client_works_unmodified(server: Any) -> None:
     asking.close()
 
 
+def test_triton_s_client_works_unmodified_over_grpc(server: Any) -> None:
+    import tritonclient.grpc as triton
+
+    headers = {"authorization": f"Bearer {server.key}"}
+    asking = triton.InferenceServerClient(server.grpc)
+    assert asking.is_server_live() and asking.is_server_ready() and asking.is_model_ready("cls", headers=headers)
+    assert list(asking.get_model_metadata("cls", headers=headers).inputs[0].shape) == [-1, 1, 16, 16]
+    array = np.random.default_rng(0).normal(size=(3, 1, 16, 16)).astype(np.float32)
+    tensor = triton.InferInput("image", list(array.shape), "FP32")
+    tensor.set_data_from_numpy(array)
+    answer = asking.infer("cls", [tensor], headers=headers, request_id="7")
+    assert np.allclose(answer.as_numpy("logits"), Bundle.open(server.bundles["cls"]).predictor()(array), atol=1e-4)
+    assert answer.get_response().id == "7"
+    with pytest.raises(triton.InferenceServerException, match="valid key"):
+        asking.infer("cls", [tensor])
+    asking.close()
+    lines = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines if line["what"] == "infer"][-1] == "clinic"
+
+
 def test_only_loopback_is_listened_on(server: Any) -> None:
     listening = {
         (connection.laddr.ip, connection.laddr.port, process.name())
@@ -96,7 +116,8 @@ def test_only_loopback_is_listened_on(server: Any) -> None:
         for connection in process.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert int(server.url.rpartition(":")[2]) in {port for _, port, _ in listening}
+    ports = {int(address.rpartition(":")[2]) for address in (server.url, server.grpc)}
+    assert ports <= {port for _, port, _ in listening}
     wide = [one for one in listening if not ipaddress.ip_address(one[0].removeprefix("::ffff:")).is_loopback]
     assert not wide, wide
 

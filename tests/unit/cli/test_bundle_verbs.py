@@ -75,16 +75,18 @@ def test_bench_prints_a_table_or_json(monkeypatch, fake, capsys):
 def test_compress_says_what_was_kept_and_what_undone(monkeypatch, fake, capsys):
     verdict = SimpleNamespace(
         drops={"dice": Interval(0.001, -0.002, 0.004)}, speedup=2.5, engines=("onnx fp32", "openvino int8"),
-        onnx_mb=(4.0, 1.0),
+        onnx_mb=(4.0, 1.0), packed_mb=(3.5, 0.8),
     )  # fmt: skip
     steps = (
-        SimpleNamespace(name="prune 0.5", kept=False, reason="nothing shrank", verdict=None),
-        SimpleNamespace(name="quantize int8", kept=True, reason="", verdict=verdict),
+        SimpleNamespace(name="prune 0.5", kept=False, reason="nothing shrank", verdict=None, compared=""),
+        SimpleNamespace(name="quantize int8", kept=True, reason="", verdict=verdict, compared="against x: dice +0.1"),
     )
     report = SimpleNamespace(steps=steps, validation_cases=42, bundle=Path("b-small"), exit_code=0)
     fake("medray.workflows.compress", "compress", report, CompressOptions=lambda **given: given)
-    assert run(monkeypatch, "compress", "b", "data=x", "--prune", "0.5", "--quantize", "int8") == 0
+    assert run(monkeypatch, "compress", "b", "data=x", "--prune", "0.5", "--quantize", "int8", "--qat") == 0
     (arguments, keywords), out = fake.seen[0], capsys.readouterr().out
+    assert arguments[1]["qat"] is True and arguments[1]["sparsity"] is None
+    assert "3.50 -> 0.80" in out and "quantize int8: against x: dice +0.1" in out
     assert arguments[0] == Path("b") and arguments[2] == ["data=x"] and keywords["out"] == Path("b-small")
     assert arguments[1]["prune"] == 0.5 and arguments[1]["max_drop"] == 0.005
     assert "prune 0.5: undone: nothing shrank" in out and "2.50" in out and "4.00 -> 1.00" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ import yaml
 
 from medray.cli.main import main
 from medray.engines.ray.serve import keys
-from medray.errors import ServingError
-from medray.workflows import client, serving
+from medray.errors import ConfigError, ServingError, StorageError
+from medray.workflows import client, diary, serving
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -35,7 +36,11 @@ def test_serve_hands_over_what_was_said_alone(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(serving, "serve", serve)
     assert run(monkeypatch, "serve", "a", "b", "--port", "9000", "--keys", "k.json", "--runtime", "onnx") == 0
     changes = {"port": 9000, "security": {"keys": "k.json"}}
-    assert seen == [(["a", "b"], {"changes": changes, "runtime": "onnx", "address": None})]
+    (what, options) = seen[0]
+    assert what == ["a", "b"] and callable(options.pop("note"))
+    assert options == {"changes": changes, "runtime": "onnx", "address": None, "registry": Path("runs")}
+    assert run(monkeypatch, "serve", "models:/a@champion", "--registry", "r", "--grpc-port", "9001") == 0
+    assert seen[1][1]["registry"] == Path("r") and seen[1][1]["changes"] == {"grpc_port": 9001}
     assert "serving at http://127.0.0.1:9000" in capsys.readouterr().out
 
 
@@ -65,6 +70,51 @@ def test_bundles_become_a_configuration_that_can_be_edited(tmp_path: Path, monke
         serving.configuration([str(path)], {"port": 1})
     with pytest.raises(ServingError, match="neither a bundle"):
         serving.configuration(["runs"], {})
+
+
+def test_a_name_of_the_registry_becomes_the_version_that_it_stands_for(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diary, "PATIENCE", 500.0)  # a busy machine opens MLflow's store slowly
+    study = tmp_path / "runs/seg"
+    (study / "bundle").mkdir(parents=True)
+    notes: list[str] = []
+    for number in ("one", "two"):
+        (study / "bundle/bundle.json").write_text(json.dumps({"number": number}))
+        diary.Diary(tmp_path / "runs", "seg", notes.append).end({})
+    assert notes == [f"registered as models:/seg@champion, version {number}" for number in (1, 2)]
+
+    def served(text: str) -> tuple[str, str]:
+        wanted = serving.configuration([text], {}, note=notes.append)
+        ((version, one),) = wanted.config.models["seg"].versions.items()
+        return version, json.loads((Path(one.bundle) / "bundle.json").read_text())["number"]
+
+    assert served("models:/seg@champion") == ("2", "two") and "is version 2, " in notes[-1]
+    assert served("models:/seg/1") == ("1", "one"), "a copy: what the study writes later is another version"
+    (study / "bundle/bundle.json").write_text("{}")
+    assert served("models:/seg@champion") == ("2", "two")
+    for text, message in (
+        ("models:/seg/3", "no such version"),
+        ("models:/seg@other", "no such version"),
+        ("models:/none@champion", "Models there: seg"),
+    ):
+        with pytest.raises(StorageError, match=message):
+            served(text)
+    for text in ("models:/seg", "models:/seg@", "models:/../seg@champion", "models:/seg/latest"):
+        with pytest.raises(ServingError, match="models:/NAME@champion"):
+            served(text)
+    with pytest.raises(StorageError, match=r"holds no mlflow\.db"):
+        serving.configuration(["models:/seg@champion"], {}, registry=tmp_path)
+    for path in tmp_path.glob("runs/mlartifacts/seg/*/artifacts/bundle/bundle.json"):
+        path.write_text("{ }")
+    with pytest.raises(ServingError, match="is not the bundle that was registered as version 2"):
+        served("models:/seg@champion")
+
+
+def test_a_file_names_folders_not_aliases(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("models: {seg: {versions: {'1': {bundle: 'models:/seg@champion'}}}}")
+    with pytest.raises(ConfigError, match="an alias may move"):
+        serving.configuration([str(path)], {})
 
 
 def test_a_second_server_in_a_folder_changes_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

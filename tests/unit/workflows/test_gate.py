@@ -11,13 +11,14 @@ from medray.tasks.catalogue import find_task
 from medray.workflows.gate import Verdict, calibration_batches
 
 
-def verdict(drop=0.0, before=10.0, after=5.0, **more):
+def verdict(drop=0.0, before=10.0, after=5.0, packed=(3.0, 1.0), **more):
     return Verdict(
         metrics={"auc": (0.9, 0.9 - drop), **{name: (0.8, 0.8 - value) for name, value in more.items()}},
         drops={name: Interval(value, value - 0.01, value + 0.01) for name, value in {"auc": drop, **more}.items()},
         engines=("onnx fp32", "openvino int8"),
         latency_ms=(before, after),
         onnx_mb=(4.0, 1.0),
+        packed_mb=packed,
         bundle_mb=(9.0, 6.0),
     )
 
@@ -42,9 +43,32 @@ def test_what_loses_too_much_or_gains_nothing_may_not(given, words):
     assert words in given.against(0.005)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (verdict(after=10.2), ""),
+        (verdict(after=9.0, packed=(3.0, 3.0)), ""),
+        (verdict(after=10.0, packed=(3.0, 2.9)), "neither latency nor size shrank"),
+        (verdict(after=9.8, packed=(3.0, 3.0)), "neither latency nor size shrank"),
+        (verdict(after=11.0), "slower"),
+        (verdict(0.006, after=10.0), "auc drops"),
+    ],
+)
+def test_a_step_for_size_has_to_shrink_the_file_or_the_time_beyond_noise(given, words):
+    found = given.against(0.005, "size")
+    assert words in found and bool(found) == bool(words)
+
+
 def test_it_says_drop_interval_speed_and_size():
     shown = verdict(0.004).shown
-    for words in ("0.8960 after 0.9000", "95 % CI -0.0060 to +0.0140", "2.00 x as fast", "openvino int8", "1.00 MB"):
+    for words in (
+        "0.8960 after 0.9000",
+        "95 % CI -0.0060 to +0.0140",
+        "2.00 x as fast",
+        "openvino int8",
+        "1.00 MB",
+        "packed 1.00",
+    ):
         assert words in shown
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from medray import logs
 from medray.config.serving import ServeConfig, load_serving
+from medray.engines.ray.serve import scaling
 from medray.engines.ray.serve.fleet import ACCEPTED
 from medray.engines.ray.session import usable_cpus
 
@@ -96,6 +97,10 @@ class Replica:
             except Exception as error:  # a full disk, say; the next look may do better
                 logs.event("follow-failed", level="error", error=type(error).__name__)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve: load that it doesn't see, since a job's request is answered as it begins."""
+        return {scaling.JOBS: float(self.service.jobs_inside)}
+
     def check_health(self) -> None:
         """For Serve: the files must still be looked at, and answers accounted for; else another takes its place."""
         if not all(thread.is_alive() for thread in self._followers):
@@ -151,15 +156,19 @@ def application(
     replicas = config.replicas
     have = cpus or usable_cpus()
     threads = replicas.cpus or max(1, have // replicas.most)
-    scaling: dict[str, Any] = {"num_replicas": replicas.least}
+    number: dict[str, Any] = {"num_replicas": replicas.least}
     if replicas.most > replicas.least:
-        scaling = {
+        number = {
             "autoscaling_config": {
+                "policy": {"policy_function": scaling.POLICY},
                 "min_replicas": replicas.least,
+                # The first comes up with the server, which so finds out whether its bundles can be served.
+                "initial_replicas": max(1, replicas.least),
                 "max_replicas": replicas.most,
                 "target_ongoing_requests": replicas.load,
                 "upscale_delay_s": replicas.up_seconds,
                 "downscale_delay_s": replicas.down_seconds,
+                "downscale_to_zero_delay_s": replicas.idle_seconds,
                 "look_back_period_s": max(1.0, min(10.0, replicas.up_seconds)),
                 "metrics_interval_s": 0.5,
             }
@@ -177,7 +186,7 @@ def application(
         # A replica more than there are cores for shares them: it must not wait for ever to be placed.
         ray_actor_options={"num_cpus": min(threads, have / replicas.most), "runtime_env": {"env_vars": variables}},
         logging_config={"enable_access_log": False, "log_level": "ERROR"},
-        **scaling,
+        **number,
     )
     return deployment.bind(
         config.model_dump(mode="json"),
@@ -208,6 +217,10 @@ def build(arguments: dict[str, str]) -> Any:
             f"{path}: on a cluster other machines reach the server, and security.keys is not set, so that anyone could "
             "ask. Make keys with 'medray keys add NAME --file keys.json', and set security.keys: keys.json"
         )
+    if config.grpc_port is not None:
+        from medray.engines.ray.serve.server import NOT_THERE
+
+        raise ConfigError(f"{path}: {NOT_THERE}")
     with contextlib.suppress(OSError):  # of an earlier server
         (Path(config.state) / ACCEPTED).unlink(missing_ok=True)
     return application(config, path, {}, cpus=(config.replicas.cpus or usable_cpus()) * config.replicas.most)

@@ -13,7 +13,7 @@ from typing import Any
 
 from medray import logs
 from medray.config.serving import ServeConfig
-from medray.engines.ray.serve import haproxy
+from medray.engines.ray.serve import grpc_door, haproxy
 from medray.engines.ray.serve.fleet import ACCEPTED
 from medray.engines.ray.serve.meters import FOLDER
 from medray.engines.ray.serve.work import WORK
@@ -29,6 +29,10 @@ _QUICK = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 _NAME = "medray"
+NOT_THERE = (
+    "grpc_port: gRPC is answered where 'medray serve' serves one machine; on a cluster it would be one door for all. "
+    "Leave it out, and use HTTP"
+)
 
 
 @contextlib.contextmanager
@@ -48,6 +52,8 @@ def serving(config: ServeConfig, path: Path | None, *, address: str | None = Non
     """
     state = Path(config.state)
     metrics = state / "metrics"
+    if address is not None and config.grpc_port is not None:
+        raise ServingError(NOT_THERE)
     if address is not None and config.security.keys is None:
         raise ServingError(
             "on a cluster other machines reach the server, and security.keys is not set, so that anyone could ask. "
@@ -102,8 +108,10 @@ def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *,
         _end(local=local)
         raise ServingError(f"the server did not come up: {reason}") from error
     try:
-        logs.event("serving", url=url, models=list(config.models))
-        yield url
+        with contextlib.ExitStack() as doors:
+            also = {} if config.grpc_port is None else {"grpc": doors.enter_context(grpc_door.opened(config))}
+            logs.event("serving", url=url, models=list(config.models), **also)
+            yield url
     finally:
         _end(local=local)
 

@@ -142,6 +142,11 @@ class Service:
         self.audit.close()
         self._work_folder.close()
 
+    @property
+    def jobs_inside(self) -> int:
+        """Jobs that are computed here, or wait."""
+        return self._later.inside
+
     def versions(self) -> list[Version]:
         """All that answer."""
         return [one for versions in self.fleet.table.values() for one in versions.values()]
