@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,18 +97,3 @@ def test_grades_from_a_table_to_answers(table: Path, tmp_path: Path, monkeypatch
     found = evaluate(bundle, str(table), runtime="onnx", split="all")
     assert set(found.metrics) == set(bundle.spec.task.evaluated) and found.confusion is not None
     assert found.metrics["kappa"].value > 0.3, "a few steps are enough to tell a large effusion from none"
-
-
-def test_a_folder_for_each_grade_is_read_in_their_order(table: Path, tmp_path: Path) -> None:
-    manifest = build_manifest(str(table), task="ordinal")
-    for case in manifest.cases[:24]:
-        if case.label != 2:
-            folder = tmp_path / f"grade{case.label}"
-            folder.mkdir(exist_ok=True)
-            shutil.copy(table.parent / case.images[0], folder)
-    found = build_manifest(str(tmp_path), task="ordinal")
-    assert found.task == "ordinal" and found.classes == ("grade0", "grade1", "grade2", "grade3")
-    assert {case.label for case in found.cases} == {0, 1, 3}
-    assert build_manifest(str(tmp_path)).classes == ("grade0", "grade1", "grade3"), (
-        "without an order only what is there"
-    )
