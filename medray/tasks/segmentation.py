@@ -66,7 +66,6 @@ class Segmentation(Task):
         "dice_heteroscedastic": _dice_heteroscedastic,
     }
     metrics: ClassVar[Mapping[str, Direction]] = {"dice": "max"}
-    evaluated = ("dice", "hd95_mm")
     guarded = ("dice",)
     private_metric = "dice"
     tie = None

@@ -56,7 +56,7 @@ class Task:
         target: what a case's target is.
         losses: by name, the default first.
         metrics: what may be an objective, with its direction; the default objective first.
-        evaluated: the metrics that ``medray evaluate`` states.
+        evaluated: the metrics that ``medray evaluate`` states; of masks it is Dice and HD95 by class.
         guarded: the metrics that compression may not lower.
         private_metric: what leaves with a private model: the mean of :meth:`correct` (Dice of masks), which noise can
             hide one case in.

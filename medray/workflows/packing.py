@@ -51,7 +51,8 @@ def write_champion(
         the seconds that it took.
     """
     lead, manifest = champion.lead.experiment, recipe.manifest
-    task, thresholds = find_task(manifest.task), None
+    task = find_task(manifest.task)
+    thresholds = None
     if task.thresholds and validation is not None:
         assert validation.logits is not None and validation.targets is not None
         thresholds = fit_thresholds(probabilities(validation.logits, task.name, temperature), validation.targets)

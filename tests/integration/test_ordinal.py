@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,8 @@ from medray.bundle.read import Bundle
 from medray.data.layouts import build_manifest
 from medray.data.phantoms.files import write_phantom
 from medray.data.readers import read_case
+from medray.engines.ray.serve import answers
+from medray.explain.cam import explain
 from medray.workflows import study
 from medray.workflows.evaluation import evaluate
 from medray.workflows.prediction import predict_files
@@ -72,10 +73,10 @@ def test_grades_from_a_table_to_answers(table: Path, tmp_path: Path, monkeypatch
     assert bundle.golden()[1].shape[1] == 3
     manifest = build_manifest(str(table), task="ordinal")
     images = [table.parent / case.images[0] for case in manifest.cases[:6]]
-    answers = predict_files(result.bundle, images, tmp_path / "answers", "onnx").answers
+    told_by_onnx = predict_files(result.bundle, images, tmp_path / "answers", "onnx").answers
     with (tmp_path / "answers" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for answer, row, case in zip(answers, rows, manifest.cases, strict=False):
+    for answer, row, case in zip(told_by_onnx, rows, manifest.cases, strict=False):
         assert answer.error is None and answer.probabilities is not None
         p = np.array(list(answer.probabilities.values()))
         assert p.sum() == pytest.approx(1, abs=1e-5)
@@ -85,21 +86,14 @@ def test_grades_from_a_table_to_answers(table: Path, tmp_path: Path, monkeypatch
         twin = bundle.predict(image)
         assert np.allclose(twin.probabilities, p, atol=1e-3), "torch and ONNX Runtime say the same"
 
+    case = next(case for case in manifest.cases if case.label == 3)
+    image, _, _ = read_case(case, Path(manifest.root))
+    served = answers.as_json(bundle, bundle.predict(image), image, [], {})
+    assert served["task"] == "ordinal" and list(served["probabilities"]) == ["0", "1", "2", "3"]
+    assert len(served["classes"]) == 1 and 0 <= served["uncertainty"] <= 1 and answers.choose(None, "ordinal") == "json"
+    seen = explain(bundle, image, target="3")
+    assert seen.heat.shape == image.shape and seen.target_name == "3" and np.isfinite(seen.heat).all()
+
     found = evaluate(bundle, str(table), runtime="onnx", split="all")
     assert set(found.metrics) == set(bundle.spec.task.evaluated) and found.confusion is not None
     assert found.metrics["kappa"].value > 0.3, "a few steps are enough to tell a large effusion from none"
-
-
-def test_a_folder_for_each_grade_is_read_in_their_order(table: Path, tmp_path: Path) -> None:
-    manifest = build_manifest(str(table), task="ordinal")
-    for case in manifest.cases[:24]:
-        if case.label != 2:
-            folder = tmp_path / f"grade{case.label}"
-            folder.mkdir(exist_ok=True)
-            shutil.copy(table.parent / case.images[0], folder)
-    found = build_manifest(str(tmp_path), task="ordinal")
-    assert found.task == "ordinal" and found.classes == ("grade0", "grade1", "grade2", "grade3")
-    assert {case.label for case in found.cases} == {0, 1, 3}
-    assert build_manifest(str(tmp_path)).classes == ("grade0", "grade1", "grade3"), (
-        "without an order only what is there"
-    )

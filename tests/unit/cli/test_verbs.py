@@ -132,7 +132,7 @@ def test_check_prints_findings_and_exits_with_1_on_errors(
 def test_plan_reads_a_duration(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     calls.fake("medray.workflows.planning", "plan_data", Path("runs/a/experiment.yaml"))
     assert run(monkeypatch, "plan", "a", "--budget", "20min") == 0
-    assert calls.seen == [(("a", Path("runs/a")), {"budget": 1200.0})]
+    assert calls.seen == [(("a", Path("runs/a")), {"task": "auto", "budget": 1200.0})]
     assert run(monkeypatch, "plan", "a", "--budget", "soon") == 2
 
 

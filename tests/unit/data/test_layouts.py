@@ -15,7 +15,7 @@ from PIL import Image as Picture
 from medray.data.layouts import build_manifest
 from medray.data.layouts.base import natural, numbered_names, unique_ids
 from medray.data.manifest import Manifest
-from medray.errors import DataError
+from medray.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
 
@@ -486,3 +486,58 @@ def test_real_data_sets(shared_data: Path) -> None:
     assert isinstance(skin, Manifest) and skin.cases[0].columns["localization"] == "trunk"
     breast = build_manifest(str(shared_data / "medmnist" / "breastmnist.npz"))
     assert len(breast.cases) == 780
+
+
+class TestGrades:
+    """Ordinal: the same layouts as of classes, and an order that has to come from somewhere."""
+
+    def test_a_table_of_numbers_has_the_grades_between_them_too(self, tmp_path: Path) -> None:
+        for number in range(3):
+            png(tmp_path / f"{number}.png")
+        table = tmp_path / "cases.csv"
+        table.write_text("image,label\n0.png,4\n1.png,0\n2.png,2\n")
+        found = build_manifest(str(table), task="ordinal")
+        assert (found.task, found.classes) == ("ordinal", ("0", "1", "2", "3", "4"))
+        assert [case.label for case in found.cases] == [4, 0, 2]
+        assert build_manifest(str(table)).task == "classification", "who doesn't ask gets classes"
+
+    def test_words_are_ordered_by_classes_json_alone(self, tmp_path: Path) -> None:
+        for name in ("severe", "mild", "none"):
+            png(tmp_path / name / f"{name}.png")
+        with pytest.raises(DataError, match=r"mild, none, severe have no order.*classes\.json"):
+            build_manifest(str(tmp_path), task="ordinal")
+        (tmp_path / "classes.json").write_text('["none", "mild", "severe"]')
+        found = build_manifest(str(tmp_path), task="ordinal")
+        assert found.classes == ("none", "mild", "severe")
+        assert {case.id: case.label for case in found.cases} == {"none": 0, "mild": 1, "severe": 2}
+
+    def test_a_folder_for_each_grade_is_read_in_their_order(self, tmp_path: Path) -> None:
+        for grade in (10, 9, 7):
+            png(tmp_path / f"grade{grade}" / f"film{grade}.png")
+        found = build_manifest(str(tmp_path), task="ordinal")
+        assert found.classes == ("grade7", "grade8", "grade9", "grade10")
+        assert {case.id: case.label for case in found.cases} == {"film7": 0, "film9": 2, "film10": 3}
+        assert build_manifest(str(tmp_path)).classes == ("grade7", "grade9", "grade10")
+
+    def test_a_dicom_tree_by_patients(self, tmp_path: Path) -> None:
+        for number, patient in enumerate(("A", "B")):
+            dicom(tmp_path / patient / "1.dcm", series=f"1.2.{number}", patient=patient, instance=0)
+        (tmp_path / "grades.csv").write_text("patient,label\nA,mild\nB,none\n")
+        with pytest.raises(DataError, match="have no order"):
+            build_manifest(str(tmp_path), task="ordinal")
+        (tmp_path / "classes.json").write_text('["none", "mild", "severe"]')
+        found = build_manifest(str(tmp_path), task="ordinal")
+        assert [(case.patient, case.label) for case in found.cases] == [("A", 1), ("B", 0)]
+        (tmp_path / "classes.json").write_text('["none", "severe"]')
+        with pytest.raises(DataError, match=r"label 'mild' is not in classes\.json"):
+            build_manifest(str(tmp_path), task="ordinal")
+
+    def test_a_phantom_may_be_learnt_as_another_task_of_the_same_targets(self) -> None:
+        graded = build_manifest("phantom://xray-effusion?cases=4")
+        assert graded.task == "ordinal" and graded.classes == ("none", "small", "moderate", "large")
+        classified = build_manifest("phantom://xray-effusion?cases=4", task="classification")
+        assert classified == graded.model_copy(update={"task": "classification"})
+
+    def test_an_unknown_task_is_refused_before_anything_is_read(self) -> None:
+        with pytest.raises(ConfigError, match=r"no task 'ordinl'\. Did you mean 'ordinal'"):
+            build_manifest("nowhere/at/all", task="ordinl")

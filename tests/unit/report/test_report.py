@@ -126,9 +126,12 @@ def report(**changes):
 
 
 def classifier(task="classification", classes=("normal", "nodule"), **changes):
+    shown = classification(len(classes))
+    if task == "multilabel":
+        shown = replace(shown, confusion=None)
     return report(
         data=summary(task=task, ndim=2, modality="XR", classes=classes, spacing="none in the files"),
-        segmentation=None, classification=classification(len(classes)), **changes,
+        segmentation=None, classification=shown, **changes,
     )  # fmt: skip
 
 

@@ -89,8 +89,16 @@ def test_what_is_wrong_is_refused(body: Any, length: str | None, status: int) ->
     assert refused.value.status == status
 
 
+def test_logits_may_be_fewer_than_probabilities() -> None:
+    spec: Any = SimpleNamespace(**{**vars(SPEC), "task": find_task("ordinal"), "outputs": 1})
+    shapes = {row["name"]: row["shape"] for row in protocol.describe(spec, "m", ["1"])["outputs"]}
+    assert shapes == {"logits": [-1, 1], "probabilities": [-1, 2]}
+
+
 def test_what_would_be_too_large_is_refused_before_an_array_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = SimpleNamespace(**{**vars(SPEC), "kind": "segmentation", "preprocess": SimpleNamespace(size=None)})
+    spec = SimpleNamespace(
+        **{**vars(SPEC), "task": find_task("segmentation"), "preprocess": SimpleNamespace(size=None)}
+    )
     head = request(shape=[1, 1, 100, 100])
 
     def status(most: int, **changes: Any) -> int:
