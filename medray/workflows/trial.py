@@ -107,7 +107,7 @@ def run_trial(task: TrialTask, report: Report) -> TrialOutcome:
         folder, began = Path(payload.recipe.directory) / FOLDER, time.monotonic()
         costs = costs_of(payload.recipe, Candidate(name="trained", members=(trained,)), folder)
         figures, measuring = costs.values, measuring + time.monotonic() - began
-    figures["parameters"] = float(sum(p.numel() for p in trained.model.parameters()))
+    figures = {**figures, "parameters": float(sum(p.numel() for p in trained.model.parameters()))}
     training = {"seconds": trained.fit.seconds, "peak_memory_mb": trained.fit.peak_memory_mb}
     return TrialOutcome(
         metrics={**trained.fit.best, **figures, **training},
