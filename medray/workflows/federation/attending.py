@@ -35,6 +35,7 @@ from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
 from medray.privacy.rules import check_private
 from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.keeping import place_of
 from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.site import SiteFolder, SiteWorker
 
@@ -118,7 +119,7 @@ class Guard:
         self.rules, self.audit, self.task = rules, Audit(rules.audit), manifest.task
         self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
-        self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
+        self._charges, self._run = Charges(self.ledger, rules.work / "charged.json"), ""
         self.worker = SiteWorker(
             folder,
             charge=self._charge,
@@ -139,7 +140,7 @@ class Guard:
         about: dict[str, Any] = {"kind": kind, "what": what, "round": _round(parcel)}
         try:
             self._decide(kind, what, parcel, about)
-        except (PolicyError, PrivacyError) as error:
+        except (FederationError, PolicyError, PrivacyError) as error:
             self.audit.write("refused", **about, reason=str(error)[:2000])
             raise
         self.audit.write("asked", **about)
@@ -181,8 +182,11 @@ class Guard:
             ) from None
         request = _request(experiment, self.cases)
         about |= {"recipe": request.recipe, "model": request.model[:100], "strategy": request.strategy}
+        self._run = f"{request.recipe}/{place_of(parcel)[0]}"
+        if experiment.privacy.on:
+            self._charges.give_back(but=self._run)
         # Of what this very run reserved, the ledger itself knows; a run that goes on isn't refused for its own past.
-        spent = 0.0 if self._charges.running(request.recipe) else self.ledger.spent(this_year=True).epsilon
+        spent = 0.0 if self._charges.running(self._run) else self.ledger.spent(this_year=True).epsilon
         decide(self.rules, request, now=dt.datetime.now(), spent=spent, patients=self.patients)
         check_private(experiment, kind=self.task)
         if experiment.model.pretrained is not None:
@@ -194,7 +198,6 @@ class Guard:
             raise PolicyError(
                 f"site {self.rules.name!r} refuses: privacy.secure=false draws noise that can be foretold. Leave it out"
             )
-        self._recipe = request.recipe
 
     def _charge(self, plan: PrivacyPlan, steps: int) -> None:
         """Before each round of private training."""
@@ -204,7 +207,7 @@ class Guard:
                 f"site {self.rules.name!r} refuses: noise multiplier {plan.noise_multiplier:.3g} is less than "
                 f"privacy.least_noise={least:g}. Ask for smaller batches, or a smaller privacy.epsilon"
             )
-        self._charges(self._recipe, plan, steps)
+        self._charges(self._run, plan, steps)
 
     def _protected(self, kind: Kind, answer: Parcel) -> Parcel:
         """The answer without what no mechanism has protected, where the site demands protection."""

@@ -27,11 +27,12 @@ from medray.report.data import Interval as Shown
 from medray.report.federation import AttackRow, ComparisonRow, FederationReport, SiteRow, write_federation_report
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
+from medray.workflows.federation.keeping import kept_state, run_folder
 from medray.workflows.federation.leaking import attacks
 from medray.workflows.federation.rounds import Federated
 from medray.workflows.federation.shared import put
 from medray.workflows.federation.showing import aggregation, central, curves, round_row, settings, shown
-from medray.workflows.federation.site import SiteFolder, kept_state
+from medray.workflows.federation.site import SiteFolder
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
@@ -154,7 +155,8 @@ def _site_models(ended: Ended) -> dict[str, Network]:
             found[folder.name] = one
             continue
         if private:
-            newest = kept_state(Path(folder.directory), recipe_digest(ended.experiment))
+            kept = run_folder(Path(folder.directory), recipe_digest(ended.experiment), ended.federated.run)
+            newest = kept_state(kept)
             model.load_state_dict(newest.get("own", {}), strict=False)
         put(model, dict(ended.federated.weights))
         found[folder.name] = one = Network(model=model.eval(), experiment=ended.experiment)

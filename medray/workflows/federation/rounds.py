@@ -52,12 +52,14 @@ class Federated:
     """What the rounds came to.
 
     Attributes:
+        run: its name, by which sites keep what is theirs.
         weights: shared weights of the best round.
         best_round: rounds that these have seen.
         metrics: of them, mean over the sites by validation cases; empty where no site has any.
         history: one entry a round, as in ``federation.json``.
     """
 
+    run: str
     weights: Weights
     best_round: int
     metrics: dict[str, float]
@@ -157,8 +159,9 @@ class Rounds:
                 f"1/{len(sites)}: else giving away one of them whole would be allowed. Lower it"
             )
         self._resume()
-        if self.config.secure_aggregation and not (self.directory / RECORD).exists():
-            self._save()  # its name: under another one, sites that were asked in the first round sit it out
+        dear = self.config.secure_aggregation or self.experiment.privacy.on
+        if dear and not (self.directory / RECORD).exists():
+            self._save()  # its name: to another, sites that answered in the first round pay again, or sit it out
         if self.config.secure_aggregation and self.central is None and self.config.max_norm is None:
             self.note(
                 "federation.max_norm is not set: under secure aggregation nothing bounds how far one site can move the "
@@ -169,6 +172,7 @@ class Rounds:
         if not self.history or self.history[-1].get("last") is None:
             self._last_look(sites)
         return Federated(
+            run=self._name,
             weights=self.best_weights,
             best_round=int(self.best["round"]),
             metrics=dict(self.best["metrics"]),
@@ -379,11 +383,9 @@ class Rounds:
         )
 
     def _parcel(self) -> Parcel:
-        text: dict[str, Any] = {"experiment": self._document, "round": self.round}
+        text: dict[str, Any] = {"experiment": self._document, "run": self._name, "round": self.round}
         if self.central is not None:
             text["clip"] = self.central.clip
-        if self.config.secure_aggregation:
-            text["run"] = self._name
         return Parcel(text=text, arrays=self.weights)
 
     # -- which round is best

@@ -1,9 +1,9 @@
 """A site's updates under secure aggregation: checked here, since nobody else can, and kept here until they are masked.
 
-Each run has a folder: ``secret.pt`` has the keys of its newest round and what was answered with them, ``unsent.pt`` the
-update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that was answered and
-the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All are on the disk
-before an answer leaves: a site that was killed answers as before.
+In a run's folder (see ``keeping``) ``secret.pt`` has the keys of its newest round and what was answered with them,
+``unsent.pt`` the update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that
+was answered and the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All
+are on the disk before an answer leaves: a site that was killed answers as before.
 
 One question of a round is answered, whatever run asks it: from the sums of two, among other sites, a server would take
 one site's update by difference. The question's digest is in what the sites sign of their keys: sites that were sent
@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -38,13 +36,12 @@ from medray.privacy.secagg.identity import Signer
 from medray.privacy.secagg.roster import read_roster
 from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
+from medray.workflows.federation.keeping import forget_old, place_of, run_folder
 
 __all__ = ["STAGES", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
-FOLDER, ASKED, PEERS = "sealed", "asked.pt", "peers.pt"
+ASKED, PEERS = "asked.pt", "peers.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
-RUNS = 4
-"""Whose folders are kept."""
 REMEMBERED = 5
 """Rounds whose norms say what is usual here."""
 
@@ -69,7 +66,7 @@ def topic_of(experiment: Experiment, parcel: Parcel) -> str:
     Raises:
         FederationError: the question names no run, or no round.
     """
-    run, number = _place(parcel)
+    run, number = place_of(parcel)
     return f"{recipe_digest(experiment)}/{run}/{number}/{question_of(parcel)}"
 
 
@@ -124,7 +121,7 @@ class Sealing:
             PrivacyError: the sum of a second answer, less that of the first, could be this site's update.
             FederationError: the question names no run, or no round.
         """
-        run, number = _place(asked)
+        run, number = place_of(asked)
         last = self._asked().get(recipe_digest(experiment))
         if last is None or number > last[0]:
             return
@@ -153,7 +150,7 @@ class Sealing:
             KeptBackError: the update isn't fit to be summed.
         """
         self.permit(experiment, asked)
-        (run, number), recipe = _place(asked), recipe_digest(experiment)
+        (run, number), recipe = place_of(asked), recipe_digest(experiment)
         folder = self._folder(experiment, run)
         before = checkpoint.load(folder / SECRET)
         norms = [] if before is None else list(before["norms"])
@@ -170,7 +167,7 @@ class Sealing:
         about = {"run": run, "round": number, "norms": [*norms, length][-REMEMBERED:]}
         checkpoint.save(folder / SECRET, {**about, "site": site.plain()})
         checkpoint.save(self.directory / ASKED, {"rounds": {**self._asked(), recipe: [number, question_of(asked)]}})
-        self._tidy(folder)
+        forget_old(folder, self._note)
         return site.keys(self._sign()).plain()
 
     def answer(self, experiment: Experiment, parcel: Parcel) -> Parcel:
@@ -179,7 +176,7 @@ class Sealing:
         Raises:
             FederationError: this site sits the round out; the message says why.
         """
-        stage, (run, number) = cast(Stage, parcel.text["ask"]), _place(parcel)
+        stage, (run, number) = cast(Stage, parcel.text["ask"]), place_of(parcel)
         folder = self._folder(experiment, run)
         secret = checkpoint.load(folder / SECRET)
         if secret is None or secret["run"] != run:
@@ -244,15 +241,7 @@ class Sealing:
         return point.encode(row, int(kept["weight"]))
 
     def _folder(self, experiment: Experiment, run: str) -> Path:
-        """Of a run: two of them at once, or one after the other by the same recipe, don't meet."""
-        name = hashlib.sha256(f"{recipe_digest(experiment)}/{run}".encode()).hexdigest()[:32]
-        return self.directory / FOLDER / name
-
-    def _tidy(self, newest: Path) -> None:
-        """Forget the runs that were asked for longest ago."""
-        others = [folder for folder in (self.directory / FOLDER).iterdir() if folder != newest]
-        for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[: -(RUNS - 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+        return run_folder(self.directory, recipe_digest(experiment), run)
 
     def _recognise(self, said: Mapping[str, Any]) -> None:
         """Remember the certificates of a roster whose signatures were found true.
@@ -279,16 +268,6 @@ class Sealing:
         if self._signer is None and self._signer_of is not None:
             self._signer = self._signer_of()
         return self._signer
-
-
-def _place(parcel: Parcel) -> tuple[str, int]:
-    """Run and round, from 0, that a question is of."""
-    run, number = parcel.text.get("run"), parcel.text.get("round")
-    if not isinstance(run, str) or re.fullmatch("[0-9a-f]{32}", run) is None:
-        raise FederationError("under secure aggregation a question names its run, in 32 hexadecimal digits")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise FederationError(f"under secure aggregation a question names its round, from 0, not {number!r}")
-    return run, number
 
 
 def _bounded(row: npt.NDArray[np.float64], clip: object, step: float) -> npt.NDArray[np.float64]:

@@ -1,10 +1,9 @@
 """What a site does when the server asks: say who it is, measure its data, train, judge.
 
-A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
-that are its own, what compression left out. The state of the last two rounds is kept, with the answer that was given: a
-server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time;
-under secure aggregation there is none, see ``sealing``.
-State of another recipe is another run's, and counts for nothing.
+A site's own things lie in its folder and never leave it: ``manifest.json`` and, of each run, the state of its
+optimiser, the weights that are its own, what compression left out; see ``keeping``. The state of the last two rounds is
+kept, with the answer that was given: a server that lost it gets the same one again. Under differential privacy a second
+one would be paid for a second time; under secure aggregation there is none, see ``sealing``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,6 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.fingerprint import measure
@@ -35,22 +33,21 @@ from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
 from medray.learn.losses import build_loss
-from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
-from medray.privacy.runtime import PrivateRuntime
 from medray.privacy.secagg.identity import Signer
-from medray.train import checkpoint
 from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
-from medray.train.runtime import LocalRuntime, MakeOptimizer
+from medray.train.runtime import LocalRuntime
+from medray.workflows.federation.keeping import keep_state, kept_state, kept_states, place_of, run_folder
+from medray.workflows.federation.runtimes import PrivateSiteRuntime, SiteRuntime
 from medray.workflows.federation.sealing import STAGES, KeptBackError, Sealing, question_of
 from medray.workflows.federation.shared import arrays_of, put, shared_names
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
 
-__all__ = ["SiteFolder", "SiteWorker", "kept_state", "local_experiment", "opener"]
+__all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
 
 Charge = Callable[[PrivacyPlan, int], None]
 """Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not.
@@ -97,13 +94,11 @@ class _Bench:
     """What a site needs for one experiment, built once.
 
     Attributes:
-        recipe: its content hash.
         experiment: as it is trained here.
         steps: of one round.
         plan: of the whole run's privacy, where it has any.
     """
 
-    recipe: str
     experiment: Experiment
     model: nn.Module
     fresh: dict[str, torch.Tensor]
@@ -139,7 +134,7 @@ class SiteWorker:
         self.folder, self._charge, self._fewest = folder, charge, fewest
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
-        self._sealing = Sealing(self.directory, folder.name, signer, note=note)
+        self._note, self._sealing = note, Sealing(self.directory, folder.name, signer, note=note)
         self._bench: _Bench | None = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -164,7 +159,7 @@ class SiteWorker:
             if _discreet(experiment):
                 return Parcel(text={"metrics": {}, "judged": 0})
             bench = self._set_up(experiment)
-            self._load(bench, parcel, before=None)
+            self._load(bench, parcel, kept_state(self._kept(experiment, parcel)))
             return Parcel(text=self._judge(bench))
         raise FederationError(f"site {self.folder.name}: {kind} {dict(parcel.text)} is nothing that a site answers")
 
@@ -175,16 +170,17 @@ class SiteWorker:
         began = time.monotonic()
         experiment = self._asked(parcel)
         federation = experiment.federation
-        number = int(parcel.text["round"])
-        question = question_of(parcel)
-        given = self._given(experiment, number, question)
+        (_, number), question = place_of(parcel), question_of(parcel)
+        kept = self._kept(experiment, parcel)
+        given = self._given(experiment, kept, number, question)
         if given is not None:
             return given
         if federation.secure_aggregation:
             self._sealing.permit(experiment, parcel)
             self._sealing.ready()
         bench = self._set_up(experiment)
-        state = self._load(bench, parcel, before=number)
+        state = kept_state(kept, before=number)
+        self._load(bench, parcel, state)
         judged = self._judge(bench)
         weights = cast(dict[str, Any], dict(parcel.arrays))
         leg = Leg(number, federation.rounds)
@@ -210,7 +206,7 @@ class SiteWorker:
             try:
                 sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases)}
             except KeptBackError as error:
-                self._refuse(bench, number, state, question, error)
+                self._refuse(kept, number, state, question, error)
                 raise
         elif not _discreet(experiment):  # steps, and how long they took, tell of the number of cases
             said = {"cases": cases, "steps": result.steps, "seconds": time.monotonic() - began}
@@ -218,17 +214,22 @@ class SiteWorker:
         if losses and not _discreet(experiment):
             said["loss"] = losses[-1]
         answer = Parcel(text={**judged, **said}, arrays=sent)
-        self._keep(bench, number, runtime, left, question, answer)
+        self._keep(bench, kept, number, runtime, left, question, answer)
         return answer
 
-    def _given(self, experiment: Experiment, number: int, question: str) -> Parcel | None:
+    def _kept(self, experiment: Experiment, parcel: Parcel) -> Path:
+        """The folder of the run that a question is of."""
+        return run_folder(self.directory, recipe_digest(experiment), place_of(parcel)[0])
+
+    def _given(self, experiment: Experiment, kept: Path, number: int, question: str) -> Parcel | None:
         """The answer to this very question, if it was given before.
 
         Raises:
             FederationError: it was refused before: trained again, it would be paid for again.
-            PrivacyError: the round, or a later one, was answered to another question, and privacy is paid by the round.
+            PrivacyError: the round of this run, or a later one, was answered to another question: privacy is paid by
+                the round.
         """
-        found = _states(self.directory, recipe_digest(experiment))
+        found = kept_states(kept)
         for state in found:
             if state["round"] == number and state["question"] == question:
                 if state.get("refused"):
@@ -292,7 +293,6 @@ class SiteWorker:
 
     def _set_up(self, asked: Experiment) -> _Bench:
         """What the run needs. Whether it may be had at all is settled before any image is read."""
-        recipe = recipe_digest(asked)
         experiment = local_experiment(asked)
         if self._bench is not None and self._bench.experiment == experiment:
             return self._bench
@@ -317,7 +317,6 @@ class SiteWorker:
                 store, splits.val, experiment, kind=kind, num_classes=classes, runtime=LocalRuntime(device)
             )
         self._bench = _Bench(
-            recipe=recipe,
             experiment=experiment,
             model=model,
             fresh={name: value.detach().clone() for name, value in model.state_dict().items()},
@@ -348,8 +347,8 @@ class SiteWorker:
         """The patient of each case."""
         return [self.manifest.cases[index].group for index in cases]
 
-    def _load(self, bench: _Bench, parcel: Parcel, *, before: int | None) -> dict[str, Any]:
-        """Set the network to the server's weights and this site's own; the state of the round before, if there is one.
+    def _load(self, bench: _Bench, parcel: Parcel, state: Mapping[str, Any]) -> None:
+        """Set the network to the server's weights and this site's own, of the state of a round before.
 
         Raises:
             FederationError: not exactly the weights that are shared.
@@ -362,14 +361,18 @@ class SiteWorker:
         if bench.experiment.privacy.on:  # what takes gradients of samples may leave its hooks in the network
             bench.model = new_model(bench.experiment, self.manifest).to(resolve_device(bench.experiment.device))
         bench.model.load_state_dict(bench.fresh)
-        state = kept_state(self.directory, bench.recipe, before=before)
-        own = state.get("own", {})
-        bench.model.load_state_dict(own, strict=False)
+        bench.model.load_state_dict(state.get("own", {}), strict=False)
         put(bench.model, cast(dict[str, Any], dict(parcel.arrays)))
-        return state
 
     def _keep(
-        self, bench: _Bench, number: int, runtime: _Keeps, residual: Weights, question: str, answer: Parcel
+        self,
+        bench: _Bench,
+        kept: Path,
+        number: int,
+        runtime: SiteRuntime | PrivateSiteRuntime,
+        residual: Weights,
+        question: str,
+        answer: Parcel,
     ) -> None:
         own = {
             name: value.detach().cpu().clone()
@@ -377,7 +380,6 @@ class SiteWorker:
             if name not in bench.shared
         }
         state = {
-            "recipe": bench.recipe,
             "round": number,
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
@@ -386,14 +388,13 @@ class SiteWorker:
             "text": json.dumps(dict(answer.text)),
             "answer": _tensors(answer.arrays),
         }
-        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+        keep_state(kept, state, forgets=self._note)
 
     def _refuse(
-        self, bench: _Bench, number: int, before: Mapping[str, Any], question: str, error: FederationError
+        self, kept: Path, number: int, before: Mapping[str, Any], question: str, error: FederationError
     ) -> None:
         """Keep a refusal as the round's answer; the site goes on from where it was before the round."""
         state = {
-            "recipe": bench.recipe,
             "round": number,
             "own": before.get("own", {}),
             "optimizer": before.get("optimizer"),
@@ -403,24 +404,7 @@ class SiteWorker:
             "answer": {},
             "refused": str(error),
         }
-        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
-
-
-def kept_state(directory: Path, recipe: str, *, before: int | None = None) -> dict[str, Any]:
-    """A site's newest state of a run: of a round below ``before``, or of all; nothing where there is none.
-
-    Args:
-        directory: of the site.
-        recipe: content hash of the run's experiment; what another one left doesn't count.
-        before: a round's number, from 0.
-    """
-    fitting = [state for state in _states(directory, recipe) if before is None or state["round"] < before]
-    return max(fitting, key=lambda state: int(state["round"]), default={})
-
-
-def _states(directory: Path, recipe: str) -> list[dict[str, Any]]:
-    found = [checkpoint.load(directory / f"state-{half}.pt") for half in (0, 1)]
-    return [state for state in found if state is not None and state.get("recipe") == recipe]
+        keep_state(kept, state, forgets=self._note)
 
 
 def _discreet(experiment: Experiment) -> bool:
@@ -438,59 +422,6 @@ def _steps(experiment: Experiment, cases: int) -> int:
 
 def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-
-
-class _Keeps(LocalRuntime):
-    """A runtime whose optimiser goes on where the site's last round left it."""
-
-    state: dict[str, Any] | None = None
-    optimizer: torch.optim.Optimizer | None = None
-
-    def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
-        """As the runtime's own."""
-
-        def make(module: nn.Module) -> torch.optim.Optimizer:
-            optimizer = make_optimizer(module)
-            if self.state is not None:
-                optimizer.load_state_dict(self.state)
-            self.optimizer = optimizer
-            return optimizer
-
-        return super().prepare(model, make, train_loader)
-
-
-class SiteRuntime(_Keeps):
-    """Plain training.
-
-    Args:
-        device: where.
-        mu: FedProx's; 0 for none.
-        optimizer: the optimiser's state after the last round; None begins anew.
-    """
-
-    def __init__(self, device: torch.device, *, mu: float, optimizer: dict[str, Any] | None) -> None:
-        super().__init__(device)
-        self._mu, self.state = mu, optimizer
-
-    def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
-        """As the runtime's own, with FedProx's pull."""
-        model, optimizer, train_loader = super().prepare(model, make_optimizer, train_loader)
-        attach_proximal(optimizer, model, self._mu)
-        return model, optimizer, train_loader
-
-
-class PrivateSiteRuntime(_Keeps, PrivateRuntime):
-    """Training under differential privacy; see :class:`medray.privacy.runtime.PrivateRuntime`."""
-
-    def __init__(
-        self, plan: PrivacyPlan, config: PrivacyConfig, *, mu: float, optimizer: dict[str, Any] | None, **how: Any
-    ) -> None:
-        PrivateRuntime.__init__(self, plan, config, proximal_mu=mu, **how)
-        self.state = optimizer
 
 
 def opener(folders: tuple[SiteFolder, ...]) -> Callable[[int], SiteWorker]:
