@@ -7,6 +7,7 @@ names the newest weights; both appear whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
@@ -22,29 +23,24 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.aggregator import Aggregator
-from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
+from medray.learn.aggregation.checks import beyond, fault, norm, too_long, usual_norm
 from medray.learn.aggregation.compression import decompress
 from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
+from medray.learn.aggregation.reach import reach
 from medray.privacy.central import Central
 from medray.privacy.secagg.identity import check_signature
 from medray.privacy.secagg.roster import PublicKeys, keys_text, read_roster
-from medray.workflows.federation.sealing import topic_of
+from medray.workflows.federation.said import FIGURES, counts, mean_metrics, odd, stated
+from medray.workflows.federation.sealing import alike, topic_of
 from medray.workflows.federation.secure import open_round
 
-__all__ = ["FIGURES", "Federated", "Rounds"]
+__all__ = ["Federated", "Rounds"]
 
 State = Literal["ok", "late", "failed", "quarantined"]
 RECORD = "federation.json"
 REMEMBERED = 5
 """Rounds whose norms say what is usual."""
-LARGEST = 1e100
-"""Figures beyond it are nobody's; sums of these can't overflow."""
-FIGURES = ("cases", "steps", "loss", "seconds", "metrics", "judged")
-"""What a site may say beside its update."""
-MOST_FIGURES, LONGEST_NAME = 100, 100
-MOST_TIMES = 10.0
-"""How many times the usual number of cases a site may count for: nobody can check what it says of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +64,9 @@ class Federated:
 
 @dataclass
 class _Round:
-    """One round while it goes on."""
+    """One round while it goes on; ``arrived`` are the updates in good form, ``updates`` those that count."""
 
+    arrived: dict[str, Weights] = field(default_factory=dict)
     updates: dict[str, Weights] = field(default_factory=dict)
     answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -116,7 +113,7 @@ class Rounds:
         self.config = experiment.federation
         self.objective, self.tell, self.note, self._latest = objective, tell, note, latest
         self.weights, self._authority = weights, authority
-        self.aggregator = Aggregator(self.config, statistics)
+        self.aggregator, self._statistics = Aggregator(self.config, statistics), statistics
         self.central = self._central(statistics)
         self.round = 0
         self.history: list[dict[str, Any]] = []
@@ -162,10 +159,11 @@ class Rounds:
         dear = self.config.secure_aggregation or self.experiment.privacy.on
         if dear and not (self.directory / RECORD).exists():
             self._save()  # its name: to another, sites that answered in the first round pay again, or sit it out
-        if self.config.secure_aggregation and self.central is None and self.config.max_norm is None:
+        if self.central is None and self.config.max_norm is None and self._farthest(1) is None:
             self.note(
-                "federation.max_norm is not set: under secure aggregation nothing bounds how far one site can move the "
-                "model until a first sum was taken"
+                "federation.max_norm is not set, and this recipe doesn't say how far an honest update of the first "
+                "round may reach: it needs optim.name=adamw or adam, or optim.clip_norm without privacy.epsilon; under "
+                "privacy.epsilon federation.local_steps, too. What is known is how the sites' updates compare"
             )
         while self.round < self.config.rounds:
             self._one(sites)
@@ -200,13 +198,13 @@ class Rounds:
                 )
             self.note(f"round {self.round + 1}: waiting for the quorum of {self.config.quorum}. {missing}")
         self._observe({name: answer for name, answer in now.answers.items() if name in now.there})
-        mean_metrics = _mean_metrics({name: now.answers[name] for name in now.there})
+        before = mean_metrics({name: now.answers[name] for name in now.there})
         more = self._summed(now) if self.config.secure_aggregation else self._stepped(now)
         self.round += 1
         entry = {
             "round": self.round,
             "sites": now.sites,
-            "metrics_before": mean_metrics,
+            "metrics_before": before,
             "attempts": now.attempts,
             "seconds": time.monotonic() - began,
             "down": sum(int(row.get("down", 0)) for row in now.sites.values()),
@@ -225,7 +223,7 @@ class Rounds:
             mean = self.central.mean([flat(update) for update in updates])
             self._step([shaped(mean, self.weights)], [1.0])
             return {"clip": self.central.clip}
-        self._step(updates, _counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
+        self._step(updates, counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
         return {}
 
     def _summed(self, now: _Round) -> dict[str, Any]:
@@ -249,11 +247,32 @@ class Rounds:
             before = [float(entry["norm"]) for entry in self.history if "norm" in entry][-REMEMBERED:]
             most = self.config.max_norm
             reason = too_long(length, usual_norm(before), outlier=self.config.outlier, most=most)
+            if not before and reason is None:
+                reason = beyond(norm(self._moved(shaped(opened.mean, self.weights))), self._farthest(opened.weights))
         if opened.mean is None or reason is not None:
             self.note(f"round {self.round + 1}: discarded: {reason}")
             return {"discarded": str(reason)}
         self._step([shaped(opened.mean, self.weights)], [1.0])
         return {"norm": length, "summed": opened.sites}
+
+    def _moved(self, weights: Weights) -> Weights:
+        """Those that gradients move."""
+        return {name: value for name, value in weights.items() if name not in self._statistics}
+
+    def _farthest(self, cases: int, steps: int | None = None) -> float | None:
+        """How far an honest update can reach that was trained from these weights anew; None where nobody can say.
+
+        Args:
+            cases: of a site, or of all that were summed: no single one has trained on more.
+            steps: as a site states them.
+        """
+        federation, train = self.config, self.experiment.train
+        steps = federation.local_steps or steps
+        if steps is None:
+            if alike(self.experiment):  # then nobody tells how many cases there are
+                return None
+            steps = federation.local_epochs * math.ceil(cases * train.samples_per_case / train.batch_size)
+        return reach(self.experiment, self._moved(self.weights), steps)
 
     def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
         stepped = self.aggregator(self.weights, updates, counts)
@@ -291,8 +310,8 @@ class Rounds:
         present = set(self.hub.sites())
         answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)
         waited = time.monotonic() - began
-        arrived: dict[str, Weights] = {}
         for name in missing:
+            now.arrived.pop(name, None)
             row: dict[str, Any] = {"down": down + int(now.sites.get(name, {}).get("down", 0)), "up": 0}
             now.sites[name] = row
             answer = answers.get(name)
@@ -325,14 +344,14 @@ class Rounds:
                 now.updates[name] = update
                 continue
             row["norm"] = norm(update)
-            arrived[name] = update
-        self._measure(now, arrived)
+            now.arrived[name] = update
+        self._measure(now)
 
     def _open(self, answer: Parcel) -> tuple[Weights | None, str | None]:
         """The update in an answer, or why there is none to be had."""
         try:
             update = decompress(answer.arrays, self.weights, self.config.compression)
-            reason = fault(update, self.weights) or _odd(answer.text)
+            reason = fault(update, self.weights) or odd(answer.text)
         except FederationError as error:
             return None, str(error)
         except Exception as error:  # whatever a stranger's arrays come to, the other sites go on
@@ -341,7 +360,7 @@ class Rounds:
 
     def _keys(self, now: _Round, name: str, topic: str, answer: Parcel) -> tuple[Weights | None, str | None]:
         """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
-        reason = _odd(answer.text)
+        reason = odd(answer.text)
         if answer.arrays:
             reason = "it sent arrays, and was asked for public keys alone"
         try:
@@ -356,24 +375,31 @@ class Rounds:
             reason = str(error)
         return ({}, None) if reason is None else (None, reason)
 
-    def _measure(self, now: _Round, arrived: dict[str, Weights]) -> None:
-        """Accept what isn't too long, by the norms of this round and the last ones."""
+    def _measure(self, now: _Round) -> None:
+        """Accept what isn't too long, by the norms of this round and the last ones.
+
+        All of this round are measured each time: one that came alone is held against those that come later. In a first
+        round, of which so far there may be one update alone, the recipe has its say too.
+        """
         before = [
             float(row["norm"])
             for entry in self.history[-REMEMBERED:]
             for row in entry["sites"].values()
             if row.get("state") == "ok" and "norm" in row  # under secure aggregation no norm is known
         ]
-        here = [float(row["norm"]) for row in now.sites.values() if "norm" in row]
-        usual = usual_norm([*before, *here])
-        for name, update in arrived.items():
-            row = now.sites[name]
+        usual = usual_norm([*before, *(float(now.sites[name]["norm"]) for name in now.arrived)])
+        steps = dict(zip(now.arrived, stated([now.answers[name].get("steps") for name in now.arrived]), strict=True))
+        for name, update in now.arrived.items():
+            row, stood = now.sites[name], now.updates.pop(name, None) is not None
             reason = too_long(row["norm"], usual, outlier=self.config.outlier, most=self.config.max_norm)
-            row |= {"state": "ok", "reason": None} if reason is None else {"state": "quarantined", "reason": reason}
+            if reason is None and not before:
+                cases = int(now.answers[name].get("cases") or 1)
+                reason = beyond(norm(self._moved(update)), self._farthest(cases, steps[name]))
             if reason is None:
                 now.updates[name] = update
-            else:
+            elif stood or row.get("state") != "quarantined":
                 self.note(f"round {self.round + 1}: the update of {name} is quarantined: {reason}")
+            row |= {"state": "ok" if reason is None else "quarantined", "reason": reason}
 
     def _missing(self, now: _Round, asked: tuple[str, ...]) -> str:
         return "Missing: " + "; ".join(
@@ -393,7 +419,7 @@ class Rounds:
 
     def _observe(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
         """What the sites say of the weights that they began with: those after ``self.round`` rounds."""
-        metrics = _mean_metrics(answers)
+        metrics = mean_metrics(answers)
         name, direction = self.objective
         value, best = metrics.get(name), self.best["value"]
         better = value is not None and (best is None or (value > best if direction == "max" else value < best))
@@ -405,12 +431,10 @@ class Rounds:
         present = set(self.hub.sites())
         parcel = self._parcel()
         found = self.hub.ask("evaluate", {n: parcel for n in sites if n in present}, self.config.deadline)
-        answers = {
-            name: answer.text for name, answer in found.items() if answer.error is None and not _odd(answer.text)
-        }
+        answers = {name: answer.text for name, answer in found.items() if answer.error is None and not odd(answer.text)}
         self._observe(answers)
         self.history[-1]["last"] = {
-            "metrics": _mean_metrics(answers),
+            "metrics": mean_metrics(answers),
             # Under privacy a site's answer holds no figures at all.
             "sites": {name: text.get("metrics") or {} for name, text in sorted(answers.items())},
         }
@@ -488,48 +512,3 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)  # else a loss of power brings back the round before, whose noise would be drawn a second time
     finally:
         os.close(folder)
-
-
-def _odd(text: Mapping[str, Any]) -> str | None:
-    """What is wrong with the figures that come with an update; they are a stranger's."""
-    metrics = text.get("metrics", {})
-    if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
-        return "its metrics are no finite numbers"
-    if len(metrics) > MOST_FIGURES or not all(n.isprintable() and len(n) <= LONGEST_NAME for n in metrics):
-        return f"its metrics are more than {MOST_FIGURES}, or their names are none"
-    if not all(text.get(key) is None or _is_number(text[key]) for key in ("loss", "seconds", "steps")):
-        return "its loss, seconds or steps are no finite numbers"
-    for key in ("cases", "judged"):
-        value = text.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000_000:
-            shown = value if _is_number(value) else f"a {type(value).__name__}"
-            return f"its number of cases ({key}={shown}) is none"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    """Comparing holds for whole numbers of any length, which are no floats."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _counts(answers: Sequence[Mapping[str, Any]], *, private: bool) -> list[float]:
-    """What each site counts for in the mean: its training cases, as it states them, within a bound.
-
-    Under privacy no site states them, and one that did would count for more than all others: all count alike.
-    """
-    if private:
-        return [1.0] * len(answers)
-    stated = [max(1.0, float(text.get("cases", 1))) for text in answers]
-    most = MOST_TIMES * sorted(stated)[(len(stated) - 1) // 2]  # of two in the middle the smaller: growth poisons
-    return [min(count, most) for count in stated]
-
-
-def _mean_metrics(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Mean over sites, each counting by its validation cases, of each metric."""
-    sums: dict[str, tuple[float, float]] = {}
-    for _, text in sorted(answers.items()):
-        share = float(text.get("judged") or 0)
-        for name, value in (text.get("metrics") or {}).items():
-            total, weight = sums.get(name, (0.0, 0.0))
-            sums[name] = (total + share * float(value), weight + share)
-    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ import torch
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Parcel
 from medray.errors import FederationError, PrivacyError
-from medray.learn.aggregation.checks import norm, too_long, usual_norm
+from medray.learn.aggregation.checks import beyond, norm, too_long, usual_norm
 from medray.learn.aggregation.fixed import Codes, fixed_point, flat
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.central import clipped
@@ -38,7 +39,7 @@ from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
 from medray.workflows.federation.keeping import forget_old, place_of, run_folder
 
-__all__ = ["STAGES", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
+__all__ = ["STAGES", "FirstRound", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
 ASKED, PEERS = "asked.pt", "peers.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
@@ -80,6 +81,19 @@ class KeptBackError(FederationError):
     def __init__(self, message: str, exactly: str) -> None:
         super().__init__(message)
         self.exactly = exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstRound:
+    """What a site that has nothing to compare holds its update against.
+
+    Attributes:
+        farthest: of :func:`medray.learn.aggregation.reach.reach`.
+        statistics: names of weights that no gradient moves, and that it says nothing of.
+    """
+
+    farthest: float | None
+    statistics: frozenset[str]
 
 
 class Sealing:
@@ -135,7 +149,9 @@ class Sealing:
             "with the run that asked first (--resume), or begin a new federation, with another seed"
         )
 
-    def begin(self, experiment: Experiment, asked: Parcel, update: Weights, cases: int) -> dict[str, str]:
+    def begin(
+        self, experiment: Experiment, asked: Parcel, update: Weights, cases: int, *, guard: FirstRound | None = None
+    ) -> dict[str, str]:
         """Keep a round's update, and give the public keys of the round.
 
         Args:
@@ -144,6 +160,7 @@ class Sealing:
                 sum, ``clip``: the norm that the update may have.
             update: what this site would add to the weights.
             cases: that trained.
+            guard: how far the update of a first round may reach.
 
         Raises:
             PrivacyError: see :meth:`permit`.
@@ -154,7 +171,7 @@ class Sealing:
         folder = self._folder(experiment, run)
         before = checkpoint.load(folder / SECRET)
         norms = [] if before is None else list(before["norms"])
-        length = self._checked(update, norms, experiment)
+        length = self._checked(update, norms, experiment, guard)
         topic = topic_of(experiment, asked)
         site = SecureSite.begin(topic=topic, name=self.name, quorum=experiment.federation.quorum)
         most = 1 if alike(experiment) else experiment.federation.max_cases
@@ -209,7 +226,7 @@ class Sealing:
         words: Codes = kept["masked"].numpy()
         return words.view(words.dtype.str.replace("i", "u"))
 
-    def _checked(self, update: Weights, norms: list[float], experiment: Experiment) -> float:
+    def _checked(self, update: Weights, norms: list[float], experiment: Experiment, guard: FirstRound | None) -> float:
         """The update's norm, if it is fit: under a mask no server can look."""
         length = norm(update)
         if not math.isfinite(length):
@@ -219,10 +236,13 @@ class Sealing:
         if federation.privacy.on:  # it is clipped to what all may have
             return length
         reason = too_long(length, usual_norm(norms), outlier=federation.outlier, most=federation.max_norm)
+        if reason is None and not norms and guard is not None:
+            moved = {name: value for name, value in update.items() if name not in guard.statistics}
+            reason = beyond(norm(moved), guard.farthest)
         if reason is not None:
             raise KeptBackError(
-                f"site {self.name}: keeps its update back: it is too long (federation.outlier, federation.max_norm); "
-                "the site's own audit log says more",
+                f"site {self.name}: keeps its update back: it is too long (federation.outlier, federation.max_norm, "
+                "or what the recipe can reach in a first round); the site's own audit log says more",
                 f"site {self.name}: keeps its update back: {reason}",
             )
         return length

@@ -32,6 +32,7 @@ from medray.engines.flower.parcel import Kind, Parcel
 from medray.errors import FederationError, PolicyError, PrivacyError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
+from medray.learn.aggregation.reach import reach
 from medray.learn.losses import build_loss
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
@@ -42,8 +43,8 @@ from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime
 from medray.workflows.federation.keeping import keep_state, kept_state, kept_states, place_of, run_folder
 from medray.workflows.federation.runtimes import PrivateSiteRuntime, SiteRuntime
-from medray.workflows.federation.sealing import STAGES, KeptBackError, Sealing, question_of
-from medray.workflows.federation.shared import arrays_of, put, shared_names
+from medray.workflows.federation.sealing import STAGES, FirstRound, KeptBackError, Sealing, question_of
+from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
 
@@ -204,7 +205,8 @@ class SiteWorker:
         said: dict[str, Any] = {}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
             try:
-                sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases)}
+                guard = self._first(bench, weights)
+                sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases, guard=guard)}
             except KeptBackError as error:
                 self._refuse(kept, number, state, question, error)
                 raise
@@ -268,6 +270,11 @@ class SiteWorker:
             seed=experiment.seed + number,
             optimizer=optimizer,
         )
+
+    def _first(self, bench: _Bench, weights: Weights) -> FirstRound:
+        statistics = statistics_of(bench.model)
+        moved = {name: value for name, value in weights.items() if name not in statistics}
+        return FirstRound(farthest=reach(bench.experiment, moved, bench.steps), statistics=statistics)
 
     def _judge(self, bench: _Bench) -> dict[str, Any]:
         """Metrics of the weights just loaded on the site's validation cases, where it has any."""

@@ -18,6 +18,7 @@ from medray.data.splits import make_splits
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Kind, Parcel
 from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.learn.aggregation.mean import Weights
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
@@ -264,6 +265,25 @@ def test_what_can_not_leave_is_not_paid_for_twice(table: Manifest, tmp_path: Pat
     with pytest.raises(FederationError, match="too long"):
         worker()("train", parcel)
     assert charged == [0, 2], "the second time it says the same, and trains nothing"
+
+
+@pytest.mark.parametrize("optim", [{"lr": 0.1}, {"name": "adam"}, {"name": "sgd", "lr": 0.5, "clip_norm": 1.0}])
+def test_a_site_that_nobody_can_check_keeps_back_a_first_update_that_no_recipe_makes(
+    table: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: dict[str, Any]
+) -> None:
+    """Real training passes; with a fault that makes a hundredfold of it, it does not."""
+    experiment = spec(optim=optim, federation={"secure_aggregation": True, "quorum": 3, "local_steps": 20})
+    assert "keys" in SiteWorker(place(table, tmp_path / "good"))("train", ask(table, experiment)).text
+
+    def blown(sent: Weights, *_: Any) -> tuple[Weights, Weights]:
+        for value in sent.values():
+            value *= 100
+        return sent, {}
+
+    monkeypatch.setattr(sites, "compress", blown)
+    with pytest.raises(KeptBackError, match="first round") as found:
+        SiteWorker(place(table, tmp_path / "bad"))("train", ask(table, experiment))
+    assert "as far as this recipe" in found.value.exactly
 
 
 def test_under_noise_at_the_server_and_under_masks_no_count_leaves(table: Manifest, tmp_path: Path) -> None:
