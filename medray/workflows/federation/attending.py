@@ -126,6 +126,7 @@ class Guard:
             fewest=rules.fewest,
             signer=partial(_signer, rules),
             note=lambda text: self.audit.write("noted", reason=text[:2000]),
+            models=rules.work / "models",
         )
         self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 

@@ -167,8 +167,10 @@ class Rounds:
             )
         while self.round < self.config.rounds:
             self._one(sites)
-        if not self.history or self.history[-1].get("last") is None:
-            self._last_look(sites)
+        last = self.history[-1].get("last")
+        missing = tuple(name for name in sites if last is None or name not in last["sites"])
+        if last is None or (self._latest and missing):  # who keeps weights makes a model of its own of this look
+            self._last_look(missing)
         return Federated(
             run=self._name,
             weights=self.best_weights,
@@ -431,14 +433,26 @@ class Rounds:
         present = set(self.hub.sites())
         parcel = self._parcel()
         found = self.hub.ask("evaluate", {n: parcel for n in sites if n in present}, self.config.deadline)
-        answers = {name: answer.text for name, answer in found.items() if answer.error is None and not odd(answer.text)}
+        before = self.history[-1].get("last") or {"sites": {}, "judged": {}}
+        answers: dict[str, Mapping[str, Any]] = {
+            name: {"metrics": metrics, "judged": before["judged"].get(name)}
+            for name, metrics in before["sites"].items()
+        }
+        answers |= {name: one.text for name, one in found.items() if one.error is None and not odd(one.text)}
         self._observe(answers)
         self.history[-1]["last"] = {
             "metrics": mean_metrics(answers),
             # Under privacy a site's answer holds no figures at all.
             "sites": {name: text.get("metrics") or {} for name, text in sorted(answers.items())},
+            "judged": {name: text.get("judged") for name, text in sorted(answers.items())},
         }
         self._save()
+        away = [name for name in sites if name not in answers]
+        if self._latest and away:
+            self.note(
+                f"{', '.join(away)} didn't answer to the last weights, from which a site makes the model with weights "
+                "of its own. Once they are well, --resume asks them again"
+            )
 
     # -- on the disk
     # -----------------------------------------------------------------------------------------------------

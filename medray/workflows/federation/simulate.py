@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from medray.config.compose import Composed, compose
 from medray.config.schema import Experiment, SplitConfig
 from medray.data.checks import check, require_sound
@@ -28,7 +26,7 @@ from medray.train.precision import resolve_device
 from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.federation.conclude import Concluded, Ended, conclude
 from medray.workflows.federation.rounds import RECORD, Federated, Rounds
-from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
+from medray.workflows.federation.shared import arrays_of, own_names, shared_names, statistics_of
 from medray.workflows.federation.site import SiteFolder, opener
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.planning import default_cache, dump
@@ -278,7 +276,7 @@ def run_rounds(
         arrays_of(model, shared),
         statistics_of(model),
         objective=OBJECTIVE[recipe.manifest.task],
-        latest=len(shared) < _shareable(model),
+        latest=bool(own_names(model, shared)),
         tell=lambda number, entry: stage.round(number, entry, of),
         note=lambda text: stage(text, "note"),
     ).run(names)
@@ -297,10 +295,6 @@ def _await(hub: Hub, names: tuple[str, ...]) -> None:
                 f"sites {', '.join(missing)} did not come up within {PATIENCE:.0f} s. Is there memory for them all?"
             )
         time.sleep(0.1)
-
-
-def _shareable(model: nn.Module) -> int:
-    return sum(value.is_floating_point() for value in model.state_dict().values())
 
 
 def _on_engine(

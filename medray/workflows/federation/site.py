@@ -42,9 +42,10 @@ from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime
 from medray.workflows.federation.keeping import keep_state, kept_state, kept_states, place_of, run_folder
+from medray.workflows.federation.personal import write_own
 from medray.workflows.federation.runtimes import PrivateSiteRuntime, SiteRuntime
 from medray.workflows.federation.sealing import STAGES, FirstRound, KeptBackError, Sealing, question_of
-from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
+from medray.workflows.federation.shared import arrays_of, keeps_own, own_names, put, shared_names, statistics_of
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
 
@@ -121,6 +122,8 @@ class SiteWorker:
         fewest: patients that must train, or nothing is trained; and validate, or nothing is judged.
         signer: gives this site's node key, for secure aggregation; None in a simulation.
         note: hears what the site's owner should know, and nobody else.
+        models: folder for bundles of the site's own models, where weights stay at the sites; None in a simulation,
+            which writes them itself.
     """
 
     def __init__(
@@ -131,8 +134,9 @@ class SiteWorker:
         fewest: int = 1,
         signer: Callable[[], Signer] | None = None,
         note: Callable[[str], None] = lambda _: None,
+        models: Path | None = None,
     ) -> None:
-        self.folder, self._charge, self._fewest = folder, charge, fewest
+        self.folder, self._charge, self._fewest, self._models = folder, charge, fewest, models
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
         self._note, self._sealing = note, Sealing(self.directory, folder.name, signer, note=note)
@@ -156,12 +160,7 @@ class SiteWorker:
         if kind == "train":
             return self._train(parcel)
         if kind == "evaluate":
-            experiment = self._asked(parcel)
-            if _discreet(experiment):
-                return Parcel(text={"metrics": {}, "judged": 0})
-            bench = self._set_up(experiment)
-            self._load(bench, parcel, kept_state(self._kept(experiment, parcel)))
-            return Parcel(text=self._judge(bench))
+            return Parcel(text=self._evaluate(self._asked(parcel), parcel))
         raise FederationError(f"site {self.folder.name}: {kind} {dict(parcel.text)} is nothing that a site answers")
 
     # -- work
@@ -218,6 +217,37 @@ class SiteWorker:
         answer = Parcel(text={**judged, **said}, arrays=sent)
         self._keep(bench, kept, number, runtime, left, question, answer)
         return answer
+
+    def _evaluate(self, experiment: Experiment, parcel: Parcel) -> dict[str, Any]:
+        """What the weights are worth here; those of the last round become, with this site's own, its own model."""
+        own = self._models is not None and place_of(parcel)[1] >= experiment.federation.rounds
+        if _discreet(experiment) and not (own and keeps_own(experiment.federation)):
+            return {"metrics": {}, "judged": 0}
+        bench = self._set_up(experiment)
+        state = kept_state(self._kept(experiment, parcel))
+        self._load(bench, parcel, state)
+        judged = self._judge(bench)
+        if own and self._models is not None and own_names(bench.model, bench.shared):
+            self._write_own(bench, self._models / self._kept(experiment, parcel).name[:12], trained=bool(state))
+        return judged
+
+    def _write_own(self, bench: _Bench, directory: Path, *, trained: bool) -> None:
+        if not trained:
+            self._note(
+                "a run is over that this site trained in no round of: it has no weights of its own, and no model"
+            )
+            return
+        with torch.no_grad():
+            said = write_own(
+                directory,
+                self.directory,
+                self.folder.cache,
+                name=self.folder.name,
+                model=bench.model,
+                experiment=bench.experiment,
+                splits=bench.splits,
+            )
+        self._note(f"a run is over: {said}")
 
     def _kept(self, experiment: Experiment, parcel: Parcel) -> Path:
         """The folder of the run that a question is of."""
