@@ -106,6 +106,11 @@ class FederationConfig(Section):
         le=HEAVIEST_SITE,
         description="under secure aggregation, training cases that a site counts for at most: nobody else sees them",
     )
+    fingerprint_epsilon: Positive | None = Field(
+        None,
+        description="what the plan's fingerprint may tell of each site's patients, by noise at the sites, beside "
+        "privacy.epsilon; null: exact, which a site that demands privacy refuses",
+    )
     top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
     privacy: CentralPrivacyConfig = CentralPrivacyConfig()
     partition: PartitionConfig = PartitionConfig()

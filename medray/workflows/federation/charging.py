@@ -14,7 +14,13 @@ from medray.errors import PrivacyError
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.ledger import Ledger, Limits
 
-__all__ = ["IDLE_SECONDS", "Charges", "open_ledger"]
+__all__ = ["IDLE_SECONDS", "Charge", "Charges", "open_ledger"]
+
+Charge = Callable[[PrivacyPlan, int], None]
+"""Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not.
+
+No steps reserve the run: that comes before data are touched.
+"""
 
 IDLE_SECONDS = 24 * 3600.0
 """After so long without a question a run's reservation is given back, where another run wants to begin."""

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from medray.bundle.spec import INTENDED_USE
 from medray.config.compose import compose
 from medray.config.federation import FederationConfig
+from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 from medray.data.fingerprint_merge import merge_fingerprints
@@ -47,6 +48,7 @@ from medray.workflows.federation.showing import (
     shown,
 )
 from medray.workflows.federation.simulate import checked
+from medray.workflows.federation.surveying import survey, surveying
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
@@ -55,7 +57,7 @@ from medray.workflows.training import Network, new_model
 
 __all__ = ["Asked", "lead", "run_federation"]
 
-ASKED, SHARED = "asked.yaml", "shared.safetensors"
+ASKED, SHARED, SURVEY = "asked.yaml", "shared.safetensors", "survey.txt"
 APP = Path(__file__).parent / "app"
 POLL_SECONDS = 2.0
 LONGEST_LINE = 4000
@@ -146,7 +148,7 @@ def _lead(hub: Hub, directory: Path, began: float, ca: Path) -> None:
     asked = _federation(_explicit(directory))
     sites = _gathered(hub, asked.quorum, asked.deadline, said)
     if not (directory / "fingerprint.json").is_file():
-        _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said).save(directory / "fingerprint.json")
+        _measured(hub, sites, directory, ca, said)
     experiment = _experiment(directory)
     _write(directory / "experiment.yaml", dump(experiment))
     recipe = _recipe(directory)
@@ -227,6 +229,24 @@ def _gathered(hub: Hub, quorum: int, deadline: float, said: Callable[[str], None
         time.sleep(POLL_SECONDS)
 
 
+def _measured(hub: Hub, sites: tuple[str, ...], directory: Path, ca: Path, said: Callable[[str], None]) -> None:
+    """``fingerprint.json`` of the sites' data: out of sums where they are to be protected, else of each site's own."""
+    explicit = _explicit(directory)
+    asked = _federation(explicit)
+    if asked.secure_aggregation or asked.fingerprint_epsilon is not None:
+        delta = float((explicit.get("privacy") or {}).get("delta") or PrivacyConfig().delta)
+        experiment = surveying(asked, delta=delta, seed=int(explicit.get("seed") or 0))
+        authority = ca.read_bytes() if asked.secure_aggregation else None
+        found = survey(hub, sites, experiment, authority=authority, said=said)
+        fingerprint, how = found.fingerprint, found.said
+    else:
+        fingerprint = _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said)
+        how = "The plan was made from each site's own exact fingerprint, which the server saw."
+    said(how)
+    _write(directory / SURVEY, how)
+    fingerprint.save(directory / "fingerprint.json")  # last: its presence says that nobody need be asked
+
+
 def _ask_for_fingerprints(
     hub: Hub, sites: tuple[str, ...], quorum: int, deadline: float, said: Callable[[str], None]
 ) -> Fingerprint:
@@ -301,6 +321,8 @@ def _conclude(
     }
     where = "validation cases as the sites stated them (optimistic: they chose the round)"
     names = sorted({name for entry in federated.history for name in entry["sites"]})
+    planned = directory / SURVEY
+    plan = planned.read_text(encoding="utf-8") if planned.is_file() else "The plan was made from no site's data."
     headline = headline_of(experiment.federation.strategy, len(names), metric, value, where)
     if own:
         _write(directory / SHARED, lambda path: save_file(dict(federated.weights), str(path)))
@@ -339,7 +361,7 @@ def _conclude(
             experiment, federated, time.monotonic() - began, recipe.machine.note, sites="the network", own=own
         ),
         protection=" ".join(
-            filter(None, [PROTECTION, aggregation(experiment), central(experiment), kept_at_sites(own)])
+            filter(None, [PROTECTION, plan, aggregation(experiment), central(experiment), kept_at_sites(own)])
         ),
         reproduce={"experiment.yaml": dump(experiment), "Recipe": recipe_digest(experiment)},
     )

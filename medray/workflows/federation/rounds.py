@@ -29,11 +29,10 @@ from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
 from medray.learn.aggregation.reach import reach
 from medray.privacy.central import Central
-from medray.privacy.secagg.identity import check_signature
-from medray.privacy.secagg.roster import PublicKeys, keys_text, read_roster
+from medray.privacy.secagg.roster import PublicKeys
 from medray.workflows.federation.said import FIGURES, counts, mean_metrics, odd, stated
 from medray.workflows.federation.sealing import alike, topic_of
-from medray.workflows.federation.secure import open_round
+from medray.workflows.federation.secure import open_round, read_keys
 
 __all__ = ["Federated", "Rounds"]
 
@@ -363,18 +362,11 @@ class Rounds:
     def _keys(self, now: _Round, name: str, topic: str, answer: Parcel) -> tuple[Weights | None, str | None]:
         """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
         reason = odd(answer.text)
-        if answer.arrays:
-            reason = "it sent arrays, and was asked for public keys alone"
-        try:
-            keys = PublicKeys.read(answer.text.get("keys"))
-            if reason is None:
-                read_roster({other: found.plain() for other, found in {**now.keys, name: keys}.items()})
-                if self._authority is not None:  # else the other sites would find out, and give the round up
-                    text = keys_text(topic, name, keys.envelope, keys.mask)
-                    check_signature(self._authority, name, keys.certificate, keys.signature, text)
-                now.keys[name] = keys
-        except FederationError as error:
-            reason = str(error)
+        if reason is None:
+            try:
+                now.keys[name] = read_keys(answer, name, topic, now.keys, self._authority)
+            except FederationError as error:
+                reason = str(error)
         return ({}, None) if reason is None else (None, reason)
 
     def _measure(self, now: _Round) -> None:

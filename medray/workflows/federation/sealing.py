@@ -26,7 +26,7 @@ import torch
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Parcel
-from medray.errors import FederationError, PrivacyError
+from medray.errors import FederationError, PrivacyError, WithheldError
 from medray.learn.aggregation.checks import beyond, norm, too_long, usual_norm
 from medray.learn.aggregation.fixed import Codes, fixed_point, flat
 from medray.learn.aggregation.mean import Weights
@@ -71,16 +71,8 @@ def topic_of(experiment: Experiment, parcel: Parcel) -> str:
     return f"{recipe_digest(experiment)}/{run}/{number}/{question_of(parcel)}"
 
 
-class KeptBackError(FederationError):
-    """An update that isn't fit to be summed.
-
-    Attributes:
-        exactly: the same with figures of the update, for this site's own log: they are what a mask is to hide.
-    """
-
-    def __init__(self, message: str, exactly: str) -> None:
-        super().__init__(message)
-        self.exactly = exactly
+class KeptBackError(WithheldError):
+    """An update that isn't fit to be summed; figures of it are what a mask is to hide."""
 
 
 @dataclass(frozen=True, kw_only=True)

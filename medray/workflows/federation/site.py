@@ -25,11 +25,12 @@ from torch import nn
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.fingerprint import measure
+from medray.data.fingerprint_sums import Schema
 from medray.data.loader import TrainLoader, train_loader
 from medray.data.manifest import Manifest
 from medray.data.splits import Splits, make_splits
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.errors import FederationError, PrivacyError, WithheldError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
 from medray.learn.aggregation.reach import reach
@@ -41,21 +42,17 @@ from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime
+from medray.workflows.federation.charging import Charge
 from medray.workflows.federation.keeping import keep_state, kept_state, kept_states, place_of, run_folder
 from medray.workflows.federation.personal import write_own
 from medray.workflows.federation.runtimes import PrivateSiteRuntime, SiteRuntime
 from medray.workflows.federation.sealing import STAGES, FirstRound, KeptBackError, Sealing, question_of
 from medray.workflows.federation.shared import arrays_of, keeps_own, own_names, put, shared_names, statistics_of
+from medray.workflows.federation.surveying import SCHEMA, SUMS, answer_sums
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model, outputs
 
 __all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
-
-Charge = Callable[[PrivacyPlan, int], None]
-"""Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not.
-
-No steps reserve the run: that comes before data are touched.
-"""
 
 _NOTHING = ("val/none", "max")
 
@@ -147,7 +144,7 @@ class SiteWorker:
 
         Raises:
             FederationError: a question that no site knows, or weights that don't fit.
-            PolicyError: too few patients would train.
+                WithheldError: too few patients would train, or too few for the privacy that is asked for.
             PrivacyError: the run, or this round of it, may not be paid for.
             MedrayError: whatever the work itself comes to.
         """
@@ -155,6 +152,11 @@ class SiteWorker:
             return Parcel(text={"name": self.folder.name})
         if kind == "query" and parcel.text.get("ask") == "fingerprint":
             return Parcel(text={"fingerprint": measure(self.manifest).model_dump(mode="json")})
+        if kind == "query" and parcel.text.get("ask") == SCHEMA:
+            return Parcel(text={"schema": Schema.of(self.manifest).model_dump(mode="json")})
+        if kind == "query" and parcel.text.get("ask") == SUMS:
+            asked = self._asked(parcel)
+            return answer_sums(self.manifest, self.directory, asked, parcel, self._sealing, self._charge)
         if kind == "query" and parcel.text.get("ask") in STAGES:
             return self._sealing.answer(self._asked(parcel), parcel)
         if kind == "train":
@@ -337,9 +339,10 @@ class SiteWorker:
         splits = make_splits(manifest, experiment.split, experiment.split.seed)
         patients = len(set(self._groups(splits.train)))
         if patients < self._fewest:
-            raise PolicyError(
-                f"site {self.folder.name!r} refuses: {patients} patients would train, fewer than fewest="
-                f"{self._fewest}: too few to hide among. Hold back fewer (split.test, split.folds)"
+            rule = f"fewer than fewest={self._fewest}: too few to hide among. Hold back fewer (split.test, split.folds)"
+            raise WithheldError(
+                f"site {self.folder.name!r} refuses: the patients that would train are {rule}",
+                f"{patients} patients would train, {rule}",
             )
         steps = _steps(experiment, len(splits.train))
         plan = self._plan(experiment, splits, steps)
@@ -373,12 +376,21 @@ class SiteWorker:
             return None
         groups = self._groups(splits.train)
         units = len(set(groups)) if experiment.privacy.unit == "patient" else len(groups)
-        return plan_privacy(
-            experiment.privacy,
-            units=units,
-            batch_size=min(experiment.train.batch_size, units),
-            steps=experiment.federation.rounds * steps,
-        )
+        try:
+            return plan_privacy(
+                experiment.privacy,
+                units=units,
+                batch_size=min(experiment.train.batch_size, units),
+                steps=experiment.federation.rounds * steps,
+            )
+        except PrivacyError as error:
+            if self._charge is None:  # a simulation, where all is known
+                raise
+            raise WithheldError(
+                f"site {self.folder.name!r} refuses: privacy.epsilon and privacy.delta can't be held with the patients "
+                "here. Take a smaller delta, a larger epsilon or fewer rounds; the site's own audit log says more",
+                str(error),
+            ) from None
 
     def _groups(self, cases: Sequence[int]) -> list[str]:
         """The patient of each case."""

@@ -17,7 +17,7 @@ from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.errors import FederationError, PrivacyError, WithheldError
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.policy import recipe_digest
@@ -309,5 +309,6 @@ def test_too_few_patients_neither_train_nor_validate(
         assert answer.text["judged"] == judged and bool(answer.text["metrics"]) == bool(judged)
     SiteWorker(place(table, tmp_path), fewest=train)("train", ask(table, experiment))
     monkeypatch.setattr(sites.PreparedStore, "open_or_build", lambda *_: 1 / 0)
-    with pytest.raises(PolicyError, match=f"{train} patients would train, fewer than fewest={train + 1}"):
+    with pytest.raises(WithheldError, match=f"patients that would train are fewer than fewest={train + 1}") as told:
         SiteWorker(place(table, tmp_path / "new"), fewest=train + 1)("train", ask(table, experiment))
+    assert f"{train} patients" in told.value.exactly and f"{train} patients" not in str(told.value)
