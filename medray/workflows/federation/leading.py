@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 from medray.bundle.spec import INTENDED_USE
 from medray.config.compose import compose
 from medray.config.federation import FederationConfig
-from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 from medray.data.fingerprint_merge import merge_fingerprints
@@ -48,7 +47,7 @@ from medray.workflows.federation.showing import (
     shown,
 )
 from medray.workflows.federation.simulate import checked
-from medray.workflows.federation.surveying import survey, surveying
+from medray.workflows.federation.surveying import asked_of, survey
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
@@ -234,10 +233,8 @@ def _measured(hub: Hub, sites: tuple[str, ...], directory: Path, ca: Path, said:
     explicit = _explicit(directory)
     asked = _federation(explicit)
     if asked.secure_aggregation or asked.fingerprint_epsilon is not None:
-        delta = float((explicit.get("privacy") or {}).get("delta") or PrivacyConfig().delta)
-        experiment = surveying(asked, delta=delta, seed=int(explicit.get("seed") or 0))
         authority = ca.read_bytes() if asked.secure_aggregation else None
-        found = survey(hub, sites, experiment, authority=authority, said=said)
+        found = survey(hub, sites, asked_of(explicit), authority=authority, said=said)
         fingerprint, how = found.fingerprint, found.said
     else:
         fingerprint = _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said)

@@ -264,8 +264,8 @@ class Rounds:
         """How far an honest update can reach that was trained from these weights anew; None where nobody can say.
 
         Args:
-            cases: of a site, or of all that were summed: no single one has trained on more.
-            steps: as a site states them.
+            cases: of all that were summed: no single site has trained on more.
+            steps: as a site states them; without, it is taken by the cases.
         """
         federation, train = self.config, self.experiment.train
         steps = federation.local_steps or steps
@@ -387,8 +387,7 @@ class Rounds:
             row, stood = now.sites[name], now.updates.pop(name, None) is not None
             reason = too_long(row["norm"], usual, outlier=self.config.outlier, most=self.config.max_norm)
             if reason is None and not before:
-                cases = int(now.answers[name].get("cases") or 1)
-                reason = beyond(norm(self._moved(update)), self._farthest(cases, steps[name]))
+                reason = beyond(norm(self._moved(update)), self._farthest(1, steps[name]))
             if reason is None:
                 now.updates[name] = update
             elif stood or row.get("state") != "quarantined":
@@ -425,9 +424,9 @@ class Rounds:
         present = set(self.hub.sites())
         parcel = self._parcel()
         found = self.hub.ask("evaluate", {n: parcel for n in sites if n in present}, self.config.deadline)
-        before = self.history[-1].get("last") or {"sites": {}, "judged": {}}
+        before = self.history[-1].get("last") or {"sites": {}}
         answers: dict[str, Mapping[str, Any]] = {
-            name: {"metrics": metrics, "judged": before["judged"].get(name)}
+            name: {"metrics": metrics, "judged": before.get("judged", {}).get(name)}
             for name, metrics in before["sites"].items()
         }
         answers |= {name: one.text for name, one in found.items() if one.error is None and not odd(one.text)}

@@ -28,6 +28,7 @@ from medray.workflows.federation.conclude import Concluded, Ended, conclude
 from medray.workflows.federation.rounds import RECORD, Federated, Rounds
 from medray.workflows.federation.shared import arrays_of, own_names, shared_names, statistics_of
 from medray.workflows.federation.site import SiteFolder, opener
+from medray.workflows.federation.surveying import asked_of, survey
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.planning import default_cache, dump
 from medray.workflows.recipe import Recipe
@@ -177,10 +178,12 @@ def checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
 def _check_privacy(experiment: Experiment, explicit: Mapping[str, Any]) -> None:
     """Refuse what would let private figures out beside the training."""
     preprocess = explicit.get("preprocess") or {}
-    if experiment.preprocess.normalize == "columns" and not {"mean", "std"} <= preprocess.keys():
+    charged = experiment.federation.fingerprint_epsilon is not None
+    if experiment.preprocess.normalize == "columns" and not charged and not {"mean", "std"} <= preprocess.keys():
         raise PrivacyError(
             "preprocess.normalize=columns would take the columns' means and deviations from private data, uncharged. "
-            "Give public constants, one a channel, in preprocess.mean and preprocess.std"
+            "Give public constants, one a channel, in preprocess.mean and preprocess.std, or have the sites tell them "
+            "with noise: federation.fingerprint_epsilon"
         )
     if experiment.privacy.ledger is not None:
         raise PrivacyError("privacy.ledger is a hospital's; a simulation has none. Leave it out")
@@ -206,7 +209,11 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
     sections = {name: explicit.get(name) or {} for name in ("federation", "split")}
     asked = Experiment.model_validate({"data": source, **sections})
     split, partition = asked.split, asked.federation.partition
-    lot = json.dumps({"data": source, "split": split.model_dump(), "partition": partition.model_dump()}, indent=1)
+    dealing = {"data": source, "split": split.model_dump(), "partition": partition.model_dump()}
+    surveyed = asked_of(explicit) if asked.federation.fingerprint_epsilon is not None else None
+    if surveyed is not None:
+        dealing |= {"fingerprint": surveyed.privacy.model_dump()}
+    lot = json.dumps(dealing, indent=1)
     if (out / LOT).is_file():
         if (out / LOT).read_text(encoding="utf-8") != lot:
             raise ConfigError(
@@ -222,16 +229,14 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
         shutil.rmtree(folders_file, ignore_errors=True)
         stage(f"measuring {len(dealt)} sites, each by itself")
         cases: list[Case] = []
-        prints: list[tuple[str, Fingerprint]] = []
+        placed: list[SiteFolder] = []
         for number, (name, indices) in enumerate(dealt.items()):
             own = _own_manifest(manifest, name, indices, split)
             folder = folders_file / f"{number:03d}"
             own.save(folder / "manifest.json")
             cases += own.cases
-            answer = SiteFolder(name=name, directory=str(folder.resolve()), cache=cache).open()
-            reply = answer("query", Parcel(text={"ask": "fingerprint"}))
-            prints.append((name, Fingerprint.model_validate(reply.text["fingerprint"])))
-        merged = merge_fingerprints(prints)
+            placed.append(SiteFolder(name=name, directory=str(folder.resolve()), cache=cache))
+        merged = _measured(tuple(placed), surveyed, stage)
         for number in range(len(dealt)):
             merged.save(folders_file / f"{number:03d}" / "fingerprint.json")
         manifest.model_copy(update={"cases": tuple(cases)}).save(out / "manifest.json")
@@ -242,6 +247,20 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
         name = str(Manifest.load(folder / "manifest.json").cases[0].site)
         folders.append(SiteFolder(name=name, directory=str(folder.resolve()), cache=cache))
     return Recipe(directory=str(out), explicit=explicit, cache=cache), tuple(folders)
+
+
+def _measured(folders: tuple[SiteFolder, ...], surveyed: Experiment | None, stage: Any) -> Fingerprint:
+    """The fingerprint of all sites: from theirs, or out of sums with noise, as a run over a network would have it."""
+    if surveyed is not None:
+        from medray.engines.flower.inprocess import in_process
+
+        hub, names = in_process(opener(folders), len(folders)), tuple(folder.name for folder in folders)
+        return survey(hub, names, surveyed, authority=None, said=stage).fingerprint
+    prints: list[tuple[str, Fingerprint]] = []
+    for folder in folders:
+        reply = folder.open()("query", Parcel(text={"ask": "fingerprint"}))
+        prints.append((folder.name, Fingerprint.model_validate(reply.text["fingerprint"])))
+    return merge_fingerprints(prints)
 
 
 def _own_manifest(manifest: Manifest, name: str, indices: Sequence[int], split: SplitConfig) -> Manifest:

@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from medray.config.federation import FederationConfig
+from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.data.fingerprint import Fingerprint
 from medray.data.fingerprint_sums import Layout, Schema, fingerprint_of, sums_of
@@ -36,7 +37,7 @@ from medray.workflows.federation.keeping import forget_old, place_of, run_folder
 from medray.workflows.federation.sealing import Sealing, question_of, topic_of
 from medray.workflows.federation.secure import open_round, read_keys
 
-__all__ = ["SCHEMA", "SUMS", "SURVEYED", "Surveyed", "answer_sums", "survey", "surveying"]
+__all__ = ["SCHEMA", "SUMS", "SURVEYED", "Surveyed", "answer_sums", "asked_of", "survey", "surveying"]
 
 SCHEMA, SUMS = "schema", "sums"
 SURVEYED = "sums.pt"
@@ -68,6 +69,13 @@ def surveying(federation: FederationConfig, *, delta: float, seed: int = 0) -> E
     if private is not None:
         tree["privacy"] = {"epsilon": private, "delta": delta, "metric_noise": None}
     return Experiment.model_validate(tree)
+
+
+def asked_of(explicit: Mapping[str, Any]) -> Experiment:
+    """The same, from what a user set: there is no plan yet."""
+    federation = Experiment.model_validate({"federation": explicit.get("federation") or {}}).federation
+    delta = float((explicit.get("privacy") or {}).get("delta") or PrivacyConfig().delta)
+    return surveying(federation, delta=delta, seed=int(explicit.get("seed") or 0))
 
 
 # -- at a site
