@@ -28,6 +28,7 @@ from medray.learn.aggregation.compression import decompress
 from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
 from medray.learn.aggregation.reach import reach
+from medray.learn.aggregation.scaffold import CONTROL, travelled
 from medray.privacy.central import Central
 from medray.privacy.secagg.roster import PublicKeys
 from medray.workflows.federation.said import FIGURES, counts, mean_metrics, odd, stated
@@ -114,7 +115,7 @@ class Rounds:
         self.weights, self._authority = weights, authority
         self.aggregator, self._statistics = Aggregator(self.config, statistics), statistics
         self.central = self._central(statistics)
-        self.round = 0
+        self.round, self._sites = 0, 1
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
@@ -154,6 +155,7 @@ class Rounds:
                 f"federation.privacy.delta={self.config.privacy.delta:g} for {len(sites)} sites must be below "
                 f"1/{len(sites)}: else giving away one of them whole would be allowed. Lower it"
             )
+        self._sites = len(sites)
         self._resume()
         dear = self.config.secure_aggregation or self.experiment.privacy.on
         if dear and not (self.directory / RECORD).exists():
@@ -276,7 +278,8 @@ class Rounds:
         return reach(self.experiment, self._moved(self.weights), steps)
 
     def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
-        stepped = self.aggregator(self.weights, updates, counts)
+        length, share = travelled(self.experiment, self.round), len(updates) / self._sites
+        stepped = self.aggregator(self.weights, updates, counts, travelled=length, share=share)
         broken = fault(stepped, self.weights)
         if broken is not None:
             raise FederationError(
@@ -405,7 +408,8 @@ class Rounds:
         text: dict[str, Any] = {"experiment": self._document, "run": self._name, "round": self.round}
         if self.central is not None:
             text["clip"] = self.central.clip
-        return Parcel(text=text, arrays=self.weights)
+        control = {f"{CONTROL}{name}": value for name, value in self.aggregator.control(self.weights).items()}
+        return Parcel(text=text, arrays={**self.weights, **control})
 
     # -- which round is best
     # ---------------------------------------------------------------------------------------------

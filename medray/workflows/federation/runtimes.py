@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from medray.config.privacy import PrivacyConfig
+from medray.learn.aggregation.scaffold import attach_correction
 from medray.learn.proximal import attach_proximal
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.runtime import PrivateRuntime
@@ -44,19 +45,28 @@ class SiteRuntime(_Keeps):
     Args:
         device: where.
         mu: FedProx's; 0 for none.
+        correction: SCAFFOLD's, of each step's gradient, by the parameter's name; none for others.
         optimizer: the optimiser's state after the last round; None begins anew.
     """
 
-    def __init__(self, device: torch.device, *, mu: float, optimizer: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        mu: float,
+        correction: Mapping[str, torch.Tensor],
+        optimizer: dict[str, Any] | None,
+    ) -> None:
         super().__init__(device)
-        self._mu, self.state = mu, optimizer
+        self._mu, self._correction, self.state = mu, correction, optimizer
 
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
     ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
-        """As the runtime's own, with FedProx's pull."""
+        """As the runtime's own, with FedProx's pull, or SCAFFOLD's correction."""
         model, optimizer, train_loader = super().prepare(model, make_optimizer, train_loader)
         attach_proximal(optimizer, model, self._mu)
+        attach_correction(optimizer, model, self._correction)
         return model, optimizer, train_loader
 
 

@@ -163,6 +163,8 @@ def checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
     """
     if experiment.privacy.on:
         _check_privacy(experiment, explicit)
+    if experiment.federation.strategy == "scaffold":
+        _check_corrected(experiment)
     if experiment.schedule.name == "plateau":
         raise ConfigError(
             "schedule.name=plateau listens to validations, of which a site has none while it trains in a federation. "
@@ -173,6 +175,18 @@ def checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
             "augment.adaptive follows validations, of which a site has none in a federation. Set it to false"
         )
     return experiment
+
+
+def _check_corrected(experiment: Experiment) -> None:
+    """Refuse training from whose way the mean gradient can't be told."""
+    optim = experiment.optim
+    if optim.name != "sgd" or optim.momentum > 0 or experiment.privacy.on:
+        raise ConfigError(
+            f"federation.strategy=scaffold tells a site's mean gradient from how far plain SGD went; this is "
+            f"optim.name={optim.name}, optim.momentum={optim.momentum:g}"
+            f"{', with privacy.epsilon' if experiment.privacy.on else ''}. Set optim.name=sgd and optim.momentum=0, "
+            "and leave privacy.epsilon out, or choose fedavg or fedprox"
+        )
 
 
 def _check_privacy(experiment: Experiment, explicit: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from medray.errors import FederationError, PrivacyError, WithheldError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
 from medray.learn.aggregation.reach import reach
+from medray.learn.aggregation.scaffold import moved_control, parted, travelled
 from medray.learn.losses import build_loss
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
@@ -184,10 +185,12 @@ class SiteWorker:
         state = kept_state(kept, before=number)
         self._load(bench, parcel, state)
         judged = self._judge(bench)
-        weights = cast(dict[str, Any], dict(parcel.arrays))
+        weights, control = parted(cast(dict[str, Any], dict(parcel.arrays)))
+        own = {name: value.numpy() for name, value in state.get("control", {}).items()}
+        correction = {name: value - own.get(name, np.zeros_like(value)) for name, value in control.items()}
         leg = Leg(number, federation.rounds)
         batches = Rounds(bench.loader, leg, steps=bench.steps, epochs=federation.local_epochs)
-        runtime = self._runtime(bench, number, state.get("optimizer"))
+        runtime = self._runtime(bench, number, state.get("optimizer"), _tensors(correction))
         result = fit(
             bench.experiment,
             bench.model,
@@ -200,6 +203,8 @@ class SiteWorker:
         )
         after = arrays_of(bench.model, bench.shared)
         update = {name: value - weights[name] for name, value in after.items()}
+        if control:
+            own = moved_control(own, control, update, travelled(experiment, number))
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
         cases = len(bench.splits.train)
@@ -217,7 +222,7 @@ class SiteWorker:
         if losses and not _discreet(experiment):
             said["loss"] = losses[-1]
         answer = Parcel(text={**judged, **said}, arrays=sent)
-        self._keep(bench, kept, number, runtime, left, question, answer)
+        self._keep(bench, kept, number, runtime, left, own, question, answer)
         return answer
 
     def _evaluate(self, experiment: Experiment, parcel: Parcel) -> dict[str, Any]:
@@ -279,7 +284,7 @@ class SiteWorker:
         return None
 
     def _runtime(
-        self, bench: _Bench, number: int, optimizer: dict[str, Any] | None
+        self, bench: _Bench, number: int, optimizer: dict[str, Any] | None, correction: Mapping[str, torch.Tensor]
     ) -> SiteRuntime | PrivateSiteRuntime:
         """What trains this round: plainly, or under the privacy that the whole federation was planned with.
 
@@ -289,7 +294,7 @@ class SiteWorker:
         federation, device = experiment.federation, resolve_device(experiment.device)
         mu = federation.proximal_mu if federation.strategy == "fedprox" else 0.0
         if bench.plan is None:
-            return SiteRuntime(device, mu=mu, optimizer=optimizer)
+            return SiteRuntime(device, mu=mu, correction=correction, optimizer=optimizer)
         if self._charge is not None:
             self._charge(bench.plan, bench.steps)
         return PrivateSiteRuntime(
@@ -402,8 +407,11 @@ class SiteWorker:
         Raises:
             FederationError: not exactly the weights that are shared.
         """
-        if set(parcel.arrays) != set(bench.shared):
-            odd = sorted(set(parcel.arrays) ^ set(bench.shared))[0]
+        weights, control = parted(cast(dict[str, Any], dict(parcel.arrays)))
+        wanted = set(bench.shared) - statistics_of(bench.model)
+        corrected = bench.experiment.federation.strategy == "scaffold"
+        if set(weights) != set(bench.shared) or set(control) != (wanted if corrected else set()):
+            odd = sorted((set(weights) ^ set(bench.shared)) or (set(control) ^ wanted))[0]
             raise FederationError(
                 f"site {self.folder.name}: the server's weights don't fit: {odd!r} is on one side only"
             )
@@ -411,7 +419,7 @@ class SiteWorker:
             bench.model = new_model(bench.experiment, self.manifest).to(resolve_device(bench.experiment.device))
         bench.model.load_state_dict(bench.fresh)
         bench.model.load_state_dict(state.get("own", {}), strict=False)
-        put(bench.model, cast(dict[str, Any], dict(parcel.arrays)))
+        put(bench.model, weights)
 
     def _keep(
         self,
@@ -420,6 +428,7 @@ class SiteWorker:
         number: int,
         runtime: SiteRuntime | PrivateSiteRuntime,
         residual: Weights,
+        control: Weights,
         question: str,
         answer: Parcel,
     ) -> None:
@@ -433,6 +442,7 @@ class SiteWorker:
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
             "residual": _tensors(residual),
+            "control": _tensors(control),
             "question": question,
             "text": json.dumps(dict(answer.text)),
             "answer": _tensors(answer.arrays),
@@ -448,6 +458,7 @@ class SiteWorker:
             "own": before.get("own", {}),
             "optimizer": before.get("optimizer"),
             "residual": before.get("residual", {}),
+            "control": before.get("control", {}),
             "question": question,
             "text": "{}",
             "answer": {},

@@ -205,6 +205,10 @@ def survey(
             good[name] = answer
             continue
         refused.append(f"{name}: {'no answer' if answer is None else answer.error or 'no sums'}")
+    if len(good) < federation.quorum:
+        for line in refused:
+            said(line)
+        raise _too_few(len(good), federation.quorum, refused)
     if federation.secure_aggregation:
         total, noise, count = _opened(hub, experiment, question, good, authority, refused)
     else:
@@ -221,7 +225,8 @@ def _schema(
     hub: Hub, sites: tuple[str, ...], federation: FederationConfig, said: Callable[[str], None]
 ) -> tuple[Schema, tuple[str, ...]]:
     """What all have to agree in, and who does."""
-    answers = hub.ask("query", dict.fromkeys(sites, Parcel(text={"ask": SCHEMA})), federation.deadline)
+    present, question = set(hub.sites()), Parcel(text={"ask": SCHEMA})
+    answers = hub.ask("query", {name: question for name in sites if name in present}, federation.deadline)
     found: dict[str, Schema] = {}
     refused: list[str] = []
     for name in sites:

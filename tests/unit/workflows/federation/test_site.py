@@ -24,7 +24,7 @@ from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation import site as sites
 from medray.workflows.federation.attending import Guard
-from medray.workflows.federation.keeping import RUNS, run_folder
+from medray.workflows.federation.keeping import RUNS, kept_state, run_folder
 from medray.workflows.federation.rounds import Rounds
 from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
@@ -293,6 +293,46 @@ def test_under_noise_at_the_server_and_under_masks_no_count_leaves(table: Manife
     parcel = ask(table, spec(federation={"secure_aggregation": True, "quorum": 3}))
     text = SiteWorker(place(table, tmp_path / "masked"))("train", parcel).text
     assert text.keys() == {"metrics", "judged", "loss", "keys"}
+
+
+def test_scaffold_corrects_each_step_and_its_controls_meet_at_the_server(table: Manifest, tmp_path: Path) -> None:
+    plain = {
+        "optim": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
+        "schedule": {"name": "constant", "warmup": 0.0},
+    }
+    how = {"strategy": "scaffold", "local_steps": 1}
+    experiment, without = spec(**plain, federation=how), spec(**plain, federation={"local_steps": 1})
+    parcel = ask(table, experiment)
+    c = {name: np.full_like(value, 0.5) for name, value in parcel.arrays.items()}
+    asked = Parcel(
+        text=parcel.text, arrays={**parcel.arrays, **{f"control/{name}": value for name, value in c.items()}}
+    )
+    bare = SiteWorker(place(table, tmp_path / "bare"))("train", ask(table, without)).arrays
+    corrected = SiteWorker(place(table, tmp_path / "corrected"))("train", asked).arrays
+    for name, value in bare.items():  # its own control variate is 0 in a first round
+        assert np.allclose(corrected[name], value - 0.1 * c[name], atol=1e-6)
+    with pytest.raises(FederationError, match="don't fit"):
+        SiteWorker(place(table, tmp_path / "none"))("train", parcel)
+    # Two sites alike in size: after any round the server's is the mean of the sites' own.
+    folders = tuple(place(table, tmp_path / name, name) for name in ("jena", "kiel"))
+    model = new_model(experiment, table)
+    start = arrays_of(model, shared_names(model, experiment.federation))
+    made = Rounds(
+        in_process(sites.opener(folders), 2),
+        tmp_path / "run",
+        experiment,
+        start,
+        frozenset(),
+        objective=("val/auc", "max"),
+    )
+    made.run(("jena", "kiel"))
+    own = [
+        kept_state(run_folder(Path(folder.directory), recipe_digest(experiment), made._name))["control"]
+        for folder in folders
+    ]
+    for name, value in made.aggregator.control(made.weights).items():
+        assert np.abs(value).max() > 1e-3
+        assert np.allclose(value, np.mean([one[name].numpy() for one in own], axis=0), atol=1e-5)
 
 
 def test_too_few_patients_neither_train_nor_validate(
