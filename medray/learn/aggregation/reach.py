@@ -25,13 +25,14 @@ COUNTED = 100_000
 """Steps whose learning rates are added one by one; of more the largest is taken for all."""
 
 
-def reach(experiment: Experiment, weights: Weights, steps: int) -> float | None:
-    """The largest norm that honest training of the first round can give the update of ``weights``.
+def reach(experiment: Experiment, weights: Weights, steps: int, *, number: int = 0) -> float | None:
+    """The largest norm that honest training can give the update of ``weights`` in a round that nothing is known before.
 
     Args:
         experiment: the run's.
         weights: that gradients move, as the round began; running statistics are none of them.
         steps: of the optimiser in that round.
+        number: of the round, from 0: those before may have come to nothing, and the schedule goes on.
 
     Returns:
         None where the recipe bounds nothing: SGD without ``optim.clip_norm``, or with the noise of differential
@@ -43,9 +44,10 @@ def reach(experiment: Experiment, weights: Weights, steps: int) -> float | None:
     schedule, momentum = Schedule(experiment.schedule), optim.momentum if optim.name == "sgd" else 0.0
     if steps > COUNTED:
         travelled = optim.lr * steps / (1 - momentum)
-    else:  # a step t has momentum of t steps before it, and Nesterov's of one more
+    else:  # a step t has momentum of t steps before it at most, and Nesterov's of one more
         travelled = optim.lr * math.fsum(
-            schedule.factor(t, most) * (1 - momentum ** (t + 2)) / (1 - momentum) for t in range(steps)
+            schedule.factor(t, most) * (1 - momentum ** (t + 2)) / (1 - momentum)
+            for t in range(number * steps, (number + 1) * steps)
         )
     if optim.name == "sgd":
         moved = travelled * optim.clip_norm

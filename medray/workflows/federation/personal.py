@@ -15,7 +15,7 @@ from medray.data.fingerprint import measure
 from medray.data.splits import Splits
 from medray.learn.intervals import Interval
 from medray.workflows import champion as choosing
-from medray.workflows.champion import Candidate
+from medray.workflows.champion import Candidate, Scores
 from medray.workflows.judging import OBJECTIVE
 from medray.workflows.packing import write_champion
 from medray.workflows.recipe import Recipe
@@ -49,7 +49,8 @@ def write_own(
     measure(recipe.manifest).save(site / "fingerprint.json")  # of today's data, for the card
     metric = OBJECTIVE[recipe.manifest.task][0].removeprefix("val/")
     candidate = Candidate(name="own", members=(Network(model=model.eval(), experiment=experiment),))
-    federation, validation, temperature = experiment.federation, None, 1.0
+    federation, temperature = experiment.federation, 1.0
+    validation: Scores | None = None
     metrics: dict[str, Interval] = {}
     notes = [
         f"Trained by {federation.strategy} in {federation.rounds} rounds; some weights are of {name} alone, and fit no "

@@ -275,7 +275,7 @@ class Rounds:
             if alike(self.experiment):  # then nobody tells how many cases there are
                 return None
             steps = federation.local_epochs * math.ceil(cases * train.samples_per_case / train.batch_size)
-        return reach(self.experiment, self._moved(self.weights), steps)
+        return reach(self.experiment, self._moved(self.weights), steps, number=self.round)
 
     def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
         length, share = travelled(self.experiment, self.round), len(updates) / self._sites

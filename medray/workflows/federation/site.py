@@ -211,7 +211,7 @@ class SiteWorker:
         said: dict[str, Any] = {}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
             try:
-                guard = self._first(bench, weights)
+                guard = self._first(bench, weights, number)
                 sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases, guard=guard)}
             except KeptBackError as error:
                 self._refuse(kept, number, state, question, error)
@@ -308,10 +308,11 @@ class SiteWorker:
             optimizer=optimizer,
         )
 
-    def _first(self, bench: _Bench, weights: Weights) -> FirstRound:
+    def _first(self, bench: _Bench, weights: Weights, number: int) -> FirstRound:
         statistics = statistics_of(bench.model)
         moved = {name: value for name, value in weights.items() if name not in statistics}
-        return FirstRound(farthest=reach(bench.experiment, moved, bench.steps), statistics=statistics)
+        farthest = reach(bench.experiment, moved, bench.steps, number=number)
+        return FirstRound(farthest=farthest, statistics=statistics)
 
     def _judge(self, bench: _Bench) -> dict[str, Any]:
         """Metrics of the weights just loaded on the site's validation cases, where it has any."""

@@ -69,6 +69,8 @@ def test_a_warm_up_reaches_less_and_what_bounds_nothing_says_so() -> None:
     warm = spec(schedule={"warmup": 0.5}, federation={"rounds": 20})
     slow, fast = reach(warm, weights, 10), reach(spec(schedule={"warmup": 0.0}), weights, 10)
     assert slow is not None and fast is not None and slow < fast / 5
+    later = reach(warm, weights, 10, number=9)  # the rounds before were discarded: the warm-up goes on all the same
+    assert later is not None and slow < fast / 5 < later <= fast
     whole = reach(spec(optim={"lr": 0.1}), weights, 10**9)
     assert whole is not None and np.isfinite(whole)
     assert reach(spec(optim={"name": "sgd", "clip_norm": 0.0}), weights, 1) is None
