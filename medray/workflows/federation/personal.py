@@ -30,8 +30,8 @@ def write_own(
     """Write the bundle of a site's own model.
 
     It is calibrated on the site's validation cases and measured on its test cases, or, where it has none, on the former
-    (then the card calls it optimistic). Under differential privacy of the training neither is done: the bundle is then
-    as private as the weights, to whomever it is given.
+    (then the card calls it optimistic). Under differential privacy of the training neither is done, so that its answers
+    are as private as the weights. Its card, with the fingerprint of the data, is not, and says so.
 
     Args:
         directory: of the bundle.
@@ -65,6 +65,8 @@ def write_own(
         notes.append(f"Measured on {len(cases)} {'test' if splits.test else 'validation (optimistic)'} cases of {name}")
     else:
         notes.append("Neither calibrated nor measured: that would not be private, or there were no cases")
+    if experiment.privacy.on:
+        notes.append("The weights are differentially private. What this card says of the data is exact: it is not")
     write_champion(
         directory,
         recipe,
