@@ -18,6 +18,7 @@
     ├── PrivacyError            training that would not be private as claimed, or a budget that would be overspent
     ├── FederationError         a federation, a site or a run between them that can't start or go on
     │   └── PolicyError         a site's own rules refuse what it was asked for
+    │       └── WithheldError   and why exactly stays at the site
     └── MissingDependencyError  an optional library is absent; names the command that installs it
 
 A message states the value, the rule and the fix.
@@ -45,6 +46,7 @@ __all__ = [
     "StudyError",
     "TrainingError",
     "UnreadableError",
+    "WithheldError",
 ]
 
 
@@ -137,6 +139,19 @@ class FederationError(MedrayError):
 
 class PolicyError(FederationError):
     """A site's own rules refuse what it was asked for."""
+
+
+class WithheldError(PolicyError):
+    """A refusal whose exact reason stays at the site, since it tells of its cases.
+
+    Args:
+        message: what the server may read.
+        exactly: for the site's own log.
+    """
+
+    def __init__(self, message: str, exactly: str) -> None:
+        super().__init__(message)
+        self.exactly = exactly
 
 
 class MissingDependencyError(MedrayError):

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from medray.config.section import Duration, Fraction, NonNegative, Positive, Section
 
-Strategy = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedbn", "median", "trimmed_mean", "krum"]
+Strategy = Literal[
+    "fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedbn", "scaffold", "median", "trimmed_mean", "krum"
+]
 ROBUST = ("median", "trimmed_mean", "krum")
 FEWEST_UNSEEN = 3
 """Sites whose sum may be known under secure aggregation."""
@@ -66,7 +68,8 @@ class FederationConfig(Section):
     strategy: Strategy = Field(
         "fedavg",
         description="fedavg: mean by training cases; fedprox: with a pull to the global weights at the sites; fedadam, "
-        "fedyogi, fedadagrad: an adaptive step at the server; fedbn: norm layers stay at the site; median, "
+        "fedyogi, fedadagrad: an adaptive step at the server; fedbn: norm layers stay at the site; scaffold: "
+        "gradients are corrected by what sites have in common; median, "
         "trimmed_mean, krum: robust against bad updates, whatever the sites' sizes",
     )
     rounds: int = Field(20, ge=1, le=100_000)
@@ -106,6 +109,11 @@ class FederationConfig(Section):
         le=HEAVIEST_SITE,
         description="under secure aggregation, training cases that a site counts for at most: nobody else sees them",
     )
+    fingerprint_epsilon: Positive | None = Field(
+        None,
+        description="what the plan's fingerprint may tell of each site's patients, by noise at the sites, beside "
+        "privacy.epsilon; null: exact, which a site that demands privacy refuses",
+    )
     top: float = Field(0.05, gt=0.0, le=1.0, description="topk: share of the entries that are sent")
     privacy: CentralPrivacyConfig = CentralPrivacyConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -128,9 +136,25 @@ class FederationConfig(Section):
                 f"federation.{what} under federation.privacy.epsilon: those weights would stay at the site without "
                 "noise, and its model would not be private. Choose another strategy, and leave federation.local empty"
             )
+        if self.strategy == "scaffold":
+            self._possible_corrected()
         if self.secure_aggregation:
             self._possible_unseen()
         return self
+
+    def _possible_corrected(self) -> None:
+        """What control variates can be told from."""
+        if self.local_steps is None:
+            raise ValueError(
+                "federation.strategy=scaffold tells control variates from updates and the number of steps, which has "
+                "to be the same everywhere: set federation.local_steps"
+            )
+        other = "compression" if self.compression != "none" else "secure_aggregation" if self.secure_aggregation else ""
+        if self.privacy.on or other:
+            raise ValueError(
+                f"federation.strategy=scaffold with federation.{other or 'privacy.epsilon'}: server and site would "
+                "tell control variates from different updates, or the server from none. Choose fedavg or fedprox"
+            )
 
     def _possible_unseen(self) -> None:
         """What can be done with a sum alone."""

@@ -84,7 +84,7 @@ class Fingerprint(_Frozen, Document):
 
 
 @dataclass
-class _Measured:
+class Measured:
     """Of one case. ``sums`` (C, 3): count, sum, sum of squares of the voxels that count; ``sample`` (C, n)."""
 
     shape: tuple[int, ...]
@@ -111,14 +111,16 @@ def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerpr
     if not cases:
         raise DataError(f"{manifest.source}: no cases outside of the test split. Put some into train")
     root = Path(manifest.root)
-    budget = max(100, min(_SAMPLES_A_CASE, _SAMPLES // len(cases)))
+    budget = sample_budget(len(cases))
     numbered = list(enumerate(cases))
     found = list(
-        sweep(lambda item: _measure(manifest, *item, root, budget), numbered, progress, name=lambda item: item[1].id)
+        sweep(
+            lambda item: measure_case(manifest, *item, root, budget), numbered, progress, name=lambda item: item[1].id
+        )
     )
     # Masks may be empty all over; then the whole images have to do.
     if not any(one.sums[:, 0].any() for one in found):
-        found = list(sweep(lambda item: _measure(manifest, *item, root, budget, whole=True), numbered))
+        found = list(sweep(lambda item: measure_case(manifest, *item, root, budget, whole=True), numbered))
     shapes = np.array([one.shape for one in found])
     known = [one.spacing for one in found if one.spacing is not None]
     spacings = np.array(known) if known else None
@@ -150,7 +152,28 @@ def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerpr
     )
 
 
-def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: int, *, whole: bool = False) -> _Measured:
+def sample_budget(cases: int) -> int:
+    """Values of each channel that are looked at in a case, of so many."""
+    return max(100, min(_SAMPLES_A_CASE, _SAMPLES // cases))
+
+
+def measure_case(
+    manifest: Manifest, number: int, case: Case, root: Path, budget: int, *, whole: bool = False
+) -> Measured:
+    """Measure one case.
+
+    Args:
+        manifest: of it and others, which it has to be like.
+        number: that draws its sample.
+        case: which.
+        root: of its paths.
+        budget: of :func:`sample_budget`.
+        whole: take all voxels, not the foreground's alone.
+
+    Raises:
+        UnreadableError: it can't be read.
+        DataError: it isn't like the manifest.
+    """
     image, mask, valid = read_case(case, root)
     array = image.array
     if array.shape[0] != manifest.channels or image.ndim != manifest.ndim:
@@ -192,10 +215,10 @@ def _measure(manifest: Manifest, number: int, case: Case, root: Path, budget: in
     sample = values
     if values.shape[1] > budget:
         sample = values[:, np.sort(rng.choice(values.shape[1], budget, replace=False, shuffle=False))]
-    return _Measured(image.shape, image.spacing, array.size * 4, sums, np.array(sample), voxels, state.digest())
+    return Measured(image.shape, image.spacing, array.size * 4, sums, np.array(sample), voxels, state.digest())
 
 
-def _intensity(found: list[_Measured]) -> tuple[ChannelStats, ...]:
+def _intensity(found: list[Measured]) -> tuple[ChannelStats, ...]:
     totals = np.sum([one.sums for one in found], axis=0)
     count = np.maximum(totals[:, 0], 1)
     mean = totals[:, 1] / count
@@ -217,7 +240,7 @@ def _intensity(found: list[_Measured]) -> tuple[ChannelStats, ...]:
     )
 
 
-def _balance(manifest: Manifest, cases: list[Case], found: list[_Measured]) -> tuple[dict[str, int], dict[str, float]]:
+def _balance(manifest: Manifest, cases: list[Case], found: list[Measured]) -> tuple[dict[str, int], dict[str, float]]:
     shown: npt.NDArray[Any]
     if find_task(manifest.task).dense:
         voxels = np.stack([one.voxels for one in found])

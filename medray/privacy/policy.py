@@ -72,6 +72,27 @@ def decide(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: floa
         raise PolicyError(f"site {rules.name!r} refuses: {'; '.join(reasons)}. Its owner decides, in site.yaml")
 
 
+def decide_survey(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: float, patients: int) -> None:
+    """The same for sums that a plan is made from, which train nothing: no recipe and no network is asked about.
+
+    Exact ones leave a site that demands privacy only where ``privacy.share_fingerprint`` says so.
+
+    Raises:
+        PolicyError: with the reasons.
+    """
+    privacy = rules.privacy.model_copy(
+        update={"required": rules.privacy.required and not rules.privacy.share_fingerprint}
+    )
+    own = rules.model_copy(update={"privacy": privacy})
+    reasons = [*_of_privacy(own, request, spent), *_of_this_moment(rules, now, patients)]
+    if reasons:
+        raise PolicyError(
+            f"site {rules.name!r} refuses to tell sums of its data: {'; '.join(reasons)}. With "
+            "federation.fingerprint_epsilon they have noise on them; privacy.share_fingerprint lets exact ones leave. "
+            "Its owner decides, in site.yaml"
+        )
+
+
 def decide_moment(rules: SiteConfig, *, now: dt.datetime, patients: int) -> None:
     """Refuse what would come from too few patients, or outside of the site's hours.
 
@@ -94,7 +115,8 @@ def _of_the_run(rules: SiteConfig, request: Request) -> Iterator[str]:
     if request.rounds > allow.rounds:
         yield f"{request.rounds} rounds are more than allow.rounds={allow.rounds}"
     if request.local_epochs > allow.local_epochs:
-        yield f"{request.local_epochs} passes a round are more than allow.local_epochs={allow.local_epochs}"
+        # How many they are would tell how many cases so many steps go through.
+        yield f"a round's passes over the data are more than allow.local_epochs={allow.local_epochs}"
 
 
 def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[str]:
@@ -130,7 +152,7 @@ def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[s
 
 def _of_this_moment(rules: SiteConfig, now: dt.datetime, patients: int) -> Iterator[str]:
     if patients < rules.fewest:
-        yield f"{patients} patients are fewer than fewest={rules.fewest}: too few to hide among"
+        yield f"its patients are fewer than fewest={rules.fewest}: too few to hide among"  # how many, nobody need know
     hours = rules.allow.hours
     if hours is not None and not within(hours, now.time()):
         yield f"it is {now:%H:%M} here, outside of allow.hours={hours}"

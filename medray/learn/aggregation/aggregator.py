@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal, cast
 
+import numpy as np
+
 from medray.config.federation import FederationConfig
 from medray.learn.aggregation.adaptive import Moments, adaptive_step
 from medray.learn.aggregation.mean import Weights, mean
 from medray.learn.aggregation.robust import krum, median, trimmed_mean
+from medray.learn.aggregation.scaffold import moved_control
 
 __all__ = ["Aggregator"]
 
@@ -25,15 +28,35 @@ class Aggregator:
 
     def __init__(self, config: FederationConfig, statistics: Collection[str] = ()) -> None:
         self._config, self._statistics = config, frozenset(statistics)
-        self._moments = Moments({}, {})
+        self._moments, self._control = Moments({}, {}), Weights()
 
-    def __call__(self, weights: Weights, updates: Sequence[Weights], counts: Sequence[float]) -> Weights:
+    def control(self, weights: Weights) -> Weights:
+        """SCAFFOLD's control variate c, for each parameter among ``weights``; empty under other strategies."""
+        if self._config.strategy != "scaffold":
+            return {}
+        return {
+            name: self._control.get(name, np.zeros_like(value))
+            for name, value in weights.items()
+            if name not in self._statistics
+        }
+
+    def __call__(
+        self,
+        weights: Weights,
+        updates: Sequence[Weights],
+        counts: Sequence[float],
+        *,
+        travelled: float = 1.0,
+        share: float = 1.0,
+    ) -> Weights:
         """The next global weights.
 
         Args:
             weights: the ones that the sites began with.
             updates: what each of N >= 1 sites would add to them; alike in names and shapes, finite.
             counts: training cases of each.
+            travelled: scaffold: the sum of the round's learning rates at a site.
+            share: scaffold: of all sites, those whose updates these are.
 
         Raises:
             FederationError: krum with too few updates.
@@ -47,6 +70,10 @@ class Aggregator:
             step = updates[krum(updates, config.byzantine)]
         else:
             step = mean(updates, counts)
+        if config.strategy == "scaffold":
+            control = self.control(weights)
+            moved = moved_control({}, control, step, travelled)
+            self._control = {name: (value + share * moved[name]).astype(value.dtype) for name, value in control.items()}
         if config.strategy in _ADAPTIVE:
             stepped, self._moments = adaptive_step(
                 {name: value for name, value in step.items() if name not in self._statistics},
@@ -64,12 +91,13 @@ class Aggregator:
         """What a checkpoint has to keep: arrays by name; empty where the strategy has no memory."""
         moments = self._moments
         first = {f"first/{name}": value for name, value in moments.first.items()}
-        return {**first, **{f"second/{name}": value for name, value in moments.second.items()}}
+        second = {f"second/{name}": value for name, value in moments.second.items()}
+        return {**first, **second, **{f"control/{name}": value for name, value in self._control.items()}}
 
     def load_state(self, state: Weights) -> None:
         """Go on from :meth:`state`."""
         parts = {
             part: {name.removeprefix(f"{part}/"): value for name, value in state.items() if name.startswith(f"{part}/")}
-            for part in ("first", "second")
+            for part in ("first", "second", "control")
         }
-        self._moments = Moments(parts["first"], parts["second"])
+        self._moments, self._control = Moments(parts["first"], parts["second"]), parts["control"]

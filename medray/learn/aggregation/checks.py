@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medray.learn.aggregation.mean import Weights
 
-__all__ = ["fault", "norm", "too_long", "usual_norm"]
+__all__ = ["beyond", "fault", "norm", "too_long", "usual_norm"]
 
 
 def fault(update: Mapping[str, npt.NDArray[Any]], expected: Weights) -> str | None:
@@ -46,6 +46,21 @@ def usual_norm(norms: Sequence[float]) -> float | None:
     """The lower median of those that are not 0; None without any. Of two, the shorter: growth is what poisons."""
     moved = sorted(value for value in norms if value > 0)
     return moved[(len(moved) - 1) // 2] if moved else None
+
+
+def beyond(length: float, farthest: float | None) -> str | None:
+    """Why a first round's update of this length is none of honest training; None where it may be.
+
+    Args:
+        length: of :func:`norm`, over what gradients move.
+        farthest: of :func:`medray.learn.aggregation.reach.reach`.
+    """
+    if farthest is None or length <= farthest:
+        return None
+    return (
+        f"its norm {length:.4g} is above {farthest:.4g}, which is as far as this recipe's optimiser can move the "
+        "weights in a first round"
+    )
 
 
 def too_long(length: float, usual: float | None, *, outlier: float, most: float | None) -> str | None:

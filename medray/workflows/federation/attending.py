@@ -28,21 +28,35 @@ from medray.data.checks import check, require_sound
 from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, NonFiniteLossError, OutOfMemoryError, PolicyError, PrivacyError
+from medray.errors import (
+    FederationError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    PolicyError,
+    PrivacyError,
+    WithheldError,
+)
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
-from medray.privacy.policy import Request, decide, decide_moment, recipe_digest
+from medray.privacy.policy import Request, decide, decide_moment, decide_survey, recipe_digest
 from medray.privacy.rules import check_private
 from medray.privacy.secagg.identity import Signer
 from medray.tasks.catalogue import find_task
 from medray.workflows.federation.charging import Charges, open_ledger
-from medray.workflows.federation.sealing import KeptBackError
+from medray.workflows.federation.keeping import place_of, run_folder
+from medray.workflows.federation.sealing import STAGES
 from medray.workflows.federation.site import SiteFolder, SiteWorker
+from medray.workflows.federation.surveying import SCHEMA, SUMS, SURVEYED
 
 __all__ = ["Guard", "attend_federation", "harmonised"]
 
 Told = Callable[[str], None]
 RETRY_SECONDS = 15.0
+CURES: dict[type[Exception], str] = {
+    NonFiniteLossError: ". Training diverged: lower optim.lr, or raise schedule.warmup",
+    OutOfMemoryError: ". Memory was short: lower train.batch_size, or set train.micro_batch",
+}
+"""What the server may hear of an error beside its name."""
 SAID_UNDER_PRIVACY = frozenset({"name", "keys"})
 """What may stand beside protected weights: counts, losses and metrics of patients' data are no less private."""
 
@@ -119,13 +133,14 @@ class Guard:
         self.rules, self.audit, self.task = rules, Audit(rules.audit), manifest.task
         self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
         self.ledger = open_ledger(rules)
-        self._charges, self._recipe = Charges(self.ledger, rules.work / "charged.json"), ""
+        self._charges, self._run = Charges(self.ledger, rules.work / "charged.json"), ""
         self.worker = SiteWorker(
             folder,
             charge=self._charge,
             fewest=rules.fewest,
             signer=partial(_signer, rules),
             note=lambda text: self.audit.write("noted", reason=text[:2000]),
+            models=rules.work / "models",
         )
         self.audit.write("started", site=rules.name, federation=rules.federation, patients=self.patients)
 
@@ -140,24 +155,25 @@ class Guard:
         about: dict[str, Any] = {"kind": kind, "what": what, "round": _round(parcel)}
         try:
             self._decide(kind, what, parcel, about)
-        except (PolicyError, PrivacyError) as error:
+        except (FederationError, PolicyError, PrivacyError) as error:
             self.audit.write("refused", **about, reason=str(error)[:2000])
             raise
         self.audit.write("asked", **about)
         try:
             answer = self._protected(kind, self.worker(kind, parcel))
         except (PolicyError, PrivacyError) as error:
-            self.audit.write("refused", **about, reason=str(error)[:2000])
+            exactly = error.exactly if isinstance(error, WithheldError) else str(error)
+            self.audit.write("refused", **about, reason=exactly[:2000])
             raise
-        except (FederationError, NonFiniteLossError, OutOfMemoryError) as error:  # these say nothing of cases
-            said = error.exactly if isinstance(error, KeptBackError) else str(error)
-            self.audit.write("failed", **about, reason=said[:2000])
+        except FederationError as error:  # these say nothing of cases
+            self.audit.write("failed", **about, reason=str(error)[:2000])
             raise
         except Exception as error:
-            # What any other error says may name a file or a patient: it stays here.
+            # What any other error says may name a file or a patient, or hold a figure of one: it stays here.
             self.audit.write("failed", **about, reason=f"{type(error).__name__}: {error}"[:2000])
+            cure = next((text for kind_, text in CURES.items() if isinstance(error, kind_)), "")
             raise FederationError(
-                f"site {self.rules.name}: {type(error).__name__} while it worked; its own audit log says more"
+                f"site {self.rules.name}: {type(error).__name__} while it worked; its own audit log says more{cure}"
             ) from None
         self.audit.write("released", **about, bytes=_bytes(answer), sha256=_digest(answer))
         return answer
@@ -165,12 +181,16 @@ class Guard:
     def _decide(self, kind: Kind, what: str, parcel: Parcel, about: dict[str, Any]) -> None:
         if kind == "query" and what == "hello":
             return
+        if kind == "query" and what == SCHEMA:
+            decide_moment(self.rules, now=dt.datetime.now(), patients=self.patients)
+            return
         if kind == "query" and what == "fingerprint":
             decide_moment(self.rules, now=dt.datetime.now(), patients=self.patients)
             if self.rules.privacy.required and not self.rules.privacy.share_fingerprint:
                 raise PolicyError(
                     f"site {self.rules.name!r} refuses: a fingerprint holds exact counts and intensities of its data, "
-                    "and privacy.share_fingerprint is false. Plan on public data, and start the run with --fingerprint"
+                    "and privacy.share_fingerprint is false. Ask for sums with noise on them "
+                    "(federation.fingerprint_epsilon), or plan on public data (--fingerprint)"
                 )
             return
         try:
@@ -182,8 +202,18 @@ class Guard:
             ) from None
         request = _request(experiment, self.cases)
         about |= {"recipe": request.recipe, "model": request.model[:100], "strategy": request.strategy}
+        self._run = f"{request.recipe}/{place_of(parcel)[0]}"
+        if experiment.privacy.on:
+            self._charges.give_back(but=self._run)
         # Of what this very run reserved, the ledger itself knows; a run that goes on isn't refused for its own past.
-        spent = 0.0 if self._charges.running(request.recipe) else self.ledger.spent(this_year=True).epsilon
+        spent = 0.0 if self._charges.running(self._run) else self.ledger.spent(this_year=True).epsilon
+        if experiment.privacy.on and not experiment.privacy.secure:
+            raise PolicyError(
+                f"site {self.rules.name!r} refuses: privacy.secure=false draws noise that can be foretold. Leave it out"
+            )
+        if kind == "query" and (what == SUMS or self._is_survey(what, request.recipe, parcel)):
+            decide_survey(self.rules, request, now=dt.datetime.now(), spent=spent, patients=self.patients)
+            return
         decide(self.rules, request, now=dt.datetime.now(), spent=spent, patients=self.patients)
         check_private(experiment, kind=self.task)
         if experiment.model.pretrained is not None:
@@ -191,21 +221,29 @@ class Guard:
                 f"site {self.rules.name!r} refuses: model.pretrained names a file here, or makes this machine call "
                 "out. Begin from random weights"
             )
-        if experiment.privacy.on and not experiment.privacy.secure:
-            raise PolicyError(
-                f"site {self.rules.name!r} refuses: privacy.secure=false draws noise that can be foretold. Leave it out"
-            )
-        self._recipe = request.recipe
+
+    def _is_survey(self, what: str, recipe: str, parcel: Parcel) -> bool:
+        """Whether a question of secure aggregation is of sums that this site has told of, and not of an update."""
+        folder = run_folder(self.rules.work / "site", recipe, place_of(parcel)[0])
+        return what in STAGES and (folder / SURVEYED).is_file()
 
     def _charge(self, plan: PrivacyPlan, steps: int) -> None:
         """Before each round of private training."""
         least = self.rules.privacy.least_noise
         if plan.noise_multiplier < least:
-            raise PolicyError(
-                f"site {self.rules.name!r} refuses: noise multiplier {plan.noise_multiplier:.3g} is less than "
-                f"privacy.least_noise={least:g}. Ask for smaller batches, or a smaller privacy.epsilon"
+            rule = f"less than privacy.least_noise={least:g}. Ask for smaller batches, or a smaller privacy.epsilon"
+            raise WithheldError(
+                f"site {self.rules.name!r} refuses: the noise multiplier would be {rule}",
+                f"noise multiplier {plan.noise_multiplier:.3g} is {rule}",
             )
-        self._charges(self._recipe, plan, steps)
+        try:
+            self._charges(self._run, plan, steps)
+        except PrivacyError as error:  # what a run costs depends on how many patients there are
+            raise WithheldError(
+                f"site {self.rules.name!r} refuses: this would cost more of the privacy budget than the site's ledger "
+                "has left for it. Lower privacy.epsilon; the site's own audit log says more",
+                str(error),
+            ) from None
 
     def _protected(self, kind: Kind, answer: Parcel) -> Parcel:
         """The answer without what no mechanism has protected, where the site demands protection."""

@@ -28,11 +28,12 @@ from medray.report.federation import AttackRow, ComparisonRow, FederationReport,
 from medray.tasks.catalogue import find_task
 from medray.workflows import champion as choosing
 from medray.workflows.champion import Candidate, Scores
+from medray.workflows.federation.keeping import kept_state, run_folder
 from medray.workflows.federation.leaking import attacks
 from medray.workflows.federation.rounds import Federated
-from medray.workflows.federation.shared import put
+from medray.workflows.federation.shared import own_names, put
 from medray.workflows.federation.showing import aggregation, central, curves, round_row, settings, shown
-from medray.workflows.federation.site import SiteFolder, kept_state
+from medray.workflows.federation.site import SiteFolder
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
@@ -148,13 +149,13 @@ def _site_models(ended: Ended) -> dict[str, Network]:
     one: Network | None = None
     for folder in ended.folders:
         model = new_model(ended.experiment, ended.recipe.manifest)
-        personal = set(model.state_dict()) - set(ended.federated.weights)
-        private = any(model.state_dict()[name].is_floating_point() for name in personal)
+        private = bool(own_names(model, ended.federated.weights))
         if one is not None and not private:
             found[folder.name] = one
             continue
         if private:
-            newest = kept_state(Path(folder.directory), recipe_digest(ended.experiment))
+            kept = run_folder(Path(folder.directory), recipe_digest(ended.experiment), ended.federated.run)
+            newest = kept_state(kept)
             model.load_state_dict(newest.get("own", {}), strict=False)
         put(model, dict(ended.federated.weights))
         found[folder.name] = one = Network(model=model.eval(), experiment=ended.experiment)
@@ -329,6 +330,7 @@ def _report(
             time.monotonic() - ended.started,
             ended.recipe.machine.note,
             sites=ended.experiment.federation.partition.by,
+            own=own_names(new_model(ended.experiment, ended.recipe.manifest), ended.federated.weights),
         ),
         protection=_protection(ended.experiment),
         reproduce={"Command": ended.command, "experiment.yaml": dump(ended.experiment)},

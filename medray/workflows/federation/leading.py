@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from safetensors.numpy import save_file
 
 from medray.bundle.spec import INTENDED_USE
 from medray.config.compose import compose
@@ -35,9 +36,19 @@ from medray.tasks.catalogue import find_task
 from medray.workflows.champion import Candidate
 from medray.workflows.federation.network import start_run
 from medray.workflows.federation.rounds import Federated, Rounds
-from medray.workflows.federation.shared import arrays_of, put, shared_names, statistics_of
-from medray.workflows.federation.showing import aggregation, central, curves, headline_of, round_row, settings, shown
+from medray.workflows.federation.shared import arrays_of, own_names, put, shared_names, statistics_of
+from medray.workflows.federation.showing import (
+    aggregation,
+    central,
+    curves,
+    headline_of,
+    kept_at_sites,
+    round_row,
+    settings,
+    shown,
+)
 from medray.workflows.federation.simulate import checked
+from medray.workflows.federation.surveying import asked_of, survey
 from medray.workflows.packing import write_champion
 from medray.workflows.planning import dump
 from medray.workflows.recipe import Recipe
@@ -45,7 +56,7 @@ from medray.workflows.training import Network, new_model
 
 __all__ = ["Asked", "lead", "run_federation"]
 
-ASKED = "asked.yaml"
+ASKED, SHARED, SURVEY = "asked.yaml", "shared.safetensors", "survey.txt"
 APP = Path(__file__).parent / "app"
 POLL_SECONDS = 2.0
 LONGEST_LINE = 4000
@@ -88,13 +99,12 @@ def run_federation(
 
     Raises:
         ConfigError: ``out`` holds a run already and ``resume`` is off, or a field is refused.
-        FederationError: the server isn't up, or weights would stay at the sites.
+        FederationError: the server isn't up, or the plan can't be shared as it says (``federation.local``, fedbn).
     """
     if (out / ASKED).exists() and not resume:
         raise ConfigError(f"{out} holds a run already. Go on with it by --resume, or choose another with --out")
     resumed = (out / ASKED).exists()
     explicit = _explicit(out) if resumed else compose(path, overrides).explicit
-    _refuse_local(_federation(explicit))
     if not resumed:
         explicit.pop("data", None)  # each site has its own
         out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +113,14 @@ def run_federation(
         Fingerprint.load(fingerprint).save(out / "fingerprint.json")
     recipe = None
     if (out / "fingerprint.json").is_file():
-        recipe = recipe_digest(_experiment(out))
+        experiment = _experiment(out)
+        recipe = recipe_digest(experiment)
+        try:
+            shared_names(new_model(experiment, _recipe(out).manifest), experiment.federation)
+        except FederationError:
+            if not resumed:
+                (out / ASKED).unlink()  # nothing is in the way of another attempt
+            raise
     register = (federation / "server" / "state" / NODES).resolve()
     number = start_run(federation, APP, {"directory": str(out.resolve()), "nodes": str(register)})
     return Asked(number=number, directory=out, recipe=recipe)
@@ -128,10 +145,9 @@ def lead(hub_of: HubOf, config: Mapping[str, object]) -> None:
 def _lead(hub: Hub, directory: Path, began: float, ca: Path) -> None:
     said = _Journal(directory / "run.log")
     asked = _federation(_explicit(directory))
-    _refuse_local(asked)
     sites = _gathered(hub, asked.quorum, asked.deadline, said)
     if not (directory / "fingerprint.json").is_file():
-        _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said).save(directory / "fingerprint.json")
+        _measured(hub, sites, directory, ca, said)
     experiment = _experiment(directory)
     _write(directory / "experiment.yaml", dump(experiment))
     recipe = _recipe(directory)
@@ -146,12 +162,14 @@ def _lead(hub: Hub, directory: Path, began: float, ca: Path) -> None:
         statistics_of(model),
         objective=find_task(recipe.manifest.task).objective,
         authority=ca.read_bytes() if experiment.federation.secure_aggregation else None,
+        latest=bool(own_names(model, shared)),
         tell=lambda number, entry: said(_line(number, entry, experiment.federation.rounds)),
         note=said,
     ).run(sites)
+    own = own_names(model, shared)
     put(model, dict(federated.weights))
     network = Network(model=model.eval(), experiment=experiment)
-    headline = _conclude(directory, recipe, network, federated, began)
+    headline = _conclude(directory, recipe, network, own, federated, began)
     said(headline)
 
 
@@ -162,17 +180,6 @@ def _explicit(directory: Path) -> dict[str, Any]:
 
 def _federation(explicit: Mapping[str, Any]) -> FederationConfig:
     return Experiment.model_validate({"federation": explicit.get("federation") or {}}).federation
-
-
-def _refuse_local(federation: FederationConfig) -> None:
-    """Refuse a run some of whose weights the server will never see: its bundle would hold them untrained."""
-    if federation.strategy == "fedbn" or federation.local:
-        what = "federation.strategy=fedbn" if federation.strategy == "fedbn" else "federation.local"
-        raise FederationError(
-            f"{what} keeps weights at the sites, and the bundle of a run over a network is written at the server, "
-            "which would have them untrained. Choose another strategy and leave federation.local empty, or try it in a "
-            "simulation: medray federate simulate"
-        )
 
 
 def _register(path: Path) -> dict[int, str]:
@@ -219,6 +226,22 @@ def _gathered(hub: Hub, quorum: int, deadline: float, said: Callable[[str], None
                 f"(federation.deadline): {', '.join(sites) or 'none'}. Are the others up? medray federate status"
             )
         time.sleep(POLL_SECONDS)
+
+
+def _measured(hub: Hub, sites: tuple[str, ...], directory: Path, ca: Path, said: Callable[[str], None]) -> None:
+    """``fingerprint.json`` of the sites' data: out of sums where they are to be protected, else of each site's own."""
+    explicit = _explicit(directory)
+    asked = _federation(explicit)
+    if asked.secure_aggregation or asked.fingerprint_epsilon is not None:
+        authority = ca.read_bytes() if asked.secure_aggregation else None
+        found = survey(hub, sites, asked_of(explicit), authority=authority, said=said)
+        fingerprint, how = found.fingerprint, found.said
+    else:
+        fingerprint = _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said)
+        how = "The plan was made from each site's own exact fingerprint, which the server saw."
+    said(how)
+    _write(directory / SURVEY, how)
+    fingerprint.save(directory / "fingerprint.json")  # last: its presence says that nobody need be asked
 
 
 def _ask_for_fingerprints(
@@ -278,8 +301,14 @@ def _line(number: int, entry: Mapping[str, Any], of: int) -> str:
     return "; ".join(filter(None, [begin, discarded, metrics, *troubles]))
 
 
-def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Federated, began: float) -> str:
-    """Bundle, report and ``outcome.json``; the headline."""
+def _conclude(
+    directory: Path, recipe: Recipe, network: Network, own: tuple[str, ...], federated: Federated, began: float
+) -> str:
+    """Bundle, report and ``outcome.json``; the headline.
+
+    Where weights stay at the sites there is no bundle here, since the network would hold them untrained, but
+    ``shared.safetensors``.
+    """
     experiment = network.experiment
     metric = find_task(recipe.manifest.task).objective[0].removeprefix("val/")
     value = federated.metrics.get(f"val/{metric}", math.nan)
@@ -289,18 +318,23 @@ def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Fede
     }
     where = "validation cases as the sites stated them (optimistic: they chose the round)"
     names = sorted({name for entry in federated.history for name in entry["sites"]})
+    planned = directory / SURVEY
+    plan = planned.read_text(encoding="utf-8") if planned.is_file() else "The plan was made from no site's data."
     headline = headline_of(experiment.federation.strategy, len(names), metric, value, where)
-    note = f"Trained by {experiment.federation.strategy} over {len(names)} sites in {federated.best_round} rounds"
-    write_champion(
-        directory / "bundle",
-        recipe,
-        Candidate(name="federated", members=(network,)),
-        None,
-        name=directory.absolute().name,
-        temperature=1.0,
-        metrics=figures,
-        notes=[note, "Not calibrated: the server has no cases"],
-    )
+    if own:
+        _write(directory / SHARED, lambda path: save_file(dict(federated.weights), str(path)))
+    else:
+        note = f"Trained by {experiment.federation.strategy} over {len(names)} sites in {federated.best_round} rounds"
+        write_champion(
+            directory / "bundle",
+            recipe,
+            Candidate(name="federated", members=(network,)),
+            None,
+            name=directory.absolute().name,
+            temperature=1.0,
+            metrics=figures,
+            notes=[note, "Not calibrated: the server has no cases"],
+        )
     last = federated.history[-1]
     report = FederationReport(
         name=directory.absolute().name,
@@ -320,8 +354,12 @@ def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Fede
         curves=curves(names, federated.history, f"val/{metric}"),
         rounds=tuple(round_row(entry) for entry in federated.history),
         best_round=federated.best_round,
-        settings=settings(experiment, federated, time.monotonic() - began, recipe.machine.note, sites="the network"),
-        protection=" ".join(filter(None, [PROTECTION, aggregation(experiment), central(experiment)])),
+        settings=settings(
+            experiment, federated, time.monotonic() - began, recipe.machine.note, sites="the network", own=own
+        ),
+        protection=" ".join(
+            filter(None, [PROTECTION, plan, aggregation(experiment), central(experiment), kept_at_sites(own)])
+        ),
         reproduce={"experiment.yaml": dump(experiment), "Recipe": recipe_digest(experiment)},
     )
     write_federation_report(report, directory / "report.html")
@@ -330,7 +368,7 @@ def _conclude(directory: Path, recipe: Recipe, network: Network, federated: Fede
         "metric": metric,
         "best_round": federated.best_round,
         "metrics": {name: found.value if np.isfinite(found.value) else None for name, found in figures.items()},
-        "bundles": [str(directory / "bundle")],
+        "bundles": [] if own else [str(directory / "bundle")],
         "bytes": {way: sum(int(entry[way]) for entry in federated.history) for way in ("down", "up")},
     }
     _write(directory / "outcome.json", json.dumps(document, indent=1, allow_nan=False))
@@ -358,7 +396,10 @@ def _site_row(name: str, last: Mapping[str, Any], history: Sequence[Mapping[str,
     )
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
+    if isinstance(content, str):
+        partial.write_text(content, encoding="utf-8")
+    else:
+        content(partial)
     partial.replace(path)

@@ -7,6 +7,7 @@ names the newest weights; both appear whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
@@ -22,29 +23,24 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.aggregator import Aggregator
-from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
+from medray.learn.aggregation.checks import beyond, fault, norm, too_long, usual_norm
 from medray.learn.aggregation.compression import decompress
 from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
+from medray.learn.aggregation.reach import reach
+from medray.learn.aggregation.scaffold import CONTROL, travelled
 from medray.privacy.central import Central
-from medray.privacy.secagg.identity import check_signature
-from medray.privacy.secagg.roster import PublicKeys, keys_text, read_roster
-from medray.workflows.federation.sealing import topic_of
-from medray.workflows.federation.secure import open_round
+from medray.privacy.secagg.roster import PublicKeys
+from medray.workflows.federation.said import FIGURES, counts, mean_metrics, odd, stated
+from medray.workflows.federation.sealing import alike, topic_of
+from medray.workflows.federation.secure import open_round, read_keys
 
-__all__ = ["FIGURES", "Federated", "Rounds"]
+__all__ = ["Federated", "Rounds"]
 
 State = Literal["ok", "late", "failed", "quarantined"]
 RECORD = "federation.json"
 REMEMBERED = 5
 """Rounds whose norms say what is usual."""
-LARGEST = 1e100
-"""Figures beyond it are nobody's; sums of these can't overflow."""
-FIGURES = ("cases", "steps", "loss", "seconds", "metrics", "judged")
-"""What a site may say beside its update."""
-MOST_FIGURES, LONGEST_NAME = 100, 100
-MOST_TIMES = 10.0
-"""How many times the usual number of cases a site may count for: nobody can check what it says of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +48,14 @@ class Federated:
     """What the rounds came to.
 
     Attributes:
+        run: its name, by which sites keep what is theirs.
         weights: shared weights of the best round.
         best_round: rounds that these have seen.
         metrics: of them, mean over the sites by validation cases; empty where no site has any.
         history: one entry a round, as in ``federation.json``.
     """
 
+    run: str
     weights: Weights
     best_round: int
     metrics: dict[str, float]
@@ -66,8 +64,9 @@ class Federated:
 
 @dataclass
 class _Round:
-    """One round while it goes on."""
+    """One round while it goes on; ``arrived`` are the updates in good form, ``updates`` those that count."""
 
+    arrived: dict[str, Weights] = field(default_factory=dict)
     updates: dict[str, Weights] = field(default_factory=dict)
     answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -114,9 +113,9 @@ class Rounds:
         self.config = experiment.federation
         self.objective, self.tell, self.note, self._latest = objective, tell, note, latest
         self.weights, self._authority = weights, authority
-        self.aggregator = Aggregator(self.config, statistics)
+        self.aggregator, self._statistics = Aggregator(self.config, statistics), statistics
         self.central = self._central(statistics)
-        self.round = 0
+        self.round, self._sites = 0, 1
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
@@ -156,19 +155,25 @@ class Rounds:
                 f"federation.privacy.delta={self.config.privacy.delta:g} for {len(sites)} sites must be below "
                 f"1/{len(sites)}: else giving away one of them whole would be allowed. Lower it"
             )
+        self._sites = len(sites)
         self._resume()
-        if self.config.secure_aggregation and not (self.directory / RECORD).exists():
-            self._save()  # its name: under another one, sites that were asked in the first round sit it out
-        if self.config.secure_aggregation and self.central is None and self.config.max_norm is None:
+        dear = self.config.secure_aggregation or self.experiment.privacy.on
+        if dear and not (self.directory / RECORD).exists():
+            self._save()  # its name: to another, sites that answered in the first round pay again, or sit it out
+        if self.central is None and self.config.max_norm is None and self._farthest(1) is None:
             self.note(
-                "federation.max_norm is not set: under secure aggregation nothing bounds how far one site can move the "
-                "model until a first sum was taken"
+                "federation.max_norm is not set, and this recipe doesn't say how far an honest update of the first "
+                "round may reach: it needs optim.name=adamw or adam, or optim.clip_norm without privacy.epsilon; under "
+                "privacy.epsilon federation.local_steps, too. What is known is how the sites' updates compare"
             )
         while self.round < self.config.rounds:
             self._one(sites)
-        if not self.history or self.history[-1].get("last") is None:
-            self._last_look(sites)
+        last = self.history[-1].get("last")
+        missing = tuple(name for name in sites if last is None or name not in last["sites"])
+        if last is None or (self._latest and missing):  # who keeps weights makes a model of its own of this look
+            self._last_look(missing)
         return Federated(
+            run=self._name,
             weights=self.best_weights,
             best_round=int(self.best["round"]),
             metrics=dict(self.best["metrics"]),
@@ -196,13 +201,13 @@ class Rounds:
                 )
             self.note(f"round {self.round + 1}: waiting for the quorum of {self.config.quorum}. {missing}")
         self._observe({name: answer for name, answer in now.answers.items() if name in now.there})
-        mean_metrics = _mean_metrics({name: now.answers[name] for name in now.there})
+        before = mean_metrics({name: now.answers[name] for name in now.there})
         more = self._summed(now) if self.config.secure_aggregation else self._stepped(now)
         self.round += 1
         entry = {
             "round": self.round,
             "sites": now.sites,
-            "metrics_before": mean_metrics,
+            "metrics_before": before,
             "attempts": now.attempts,
             "seconds": time.monotonic() - began,
             "down": sum(int(row.get("down", 0)) for row in now.sites.values()),
@@ -221,7 +226,7 @@ class Rounds:
             mean = self.central.mean([flat(update) for update in updates])
             self._step([shaped(mean, self.weights)], [1.0])
             return {"clip": self.central.clip}
-        self._step(updates, _counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
+        self._step(updates, counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
         return {}
 
     def _summed(self, now: _Round) -> dict[str, Any]:
@@ -245,14 +250,36 @@ class Rounds:
             before = [float(entry["norm"]) for entry in self.history if "norm" in entry][-REMEMBERED:]
             most = self.config.max_norm
             reason = too_long(length, usual_norm(before), outlier=self.config.outlier, most=most)
+            if not before and reason is None:
+                reason = beyond(norm(self._moved(shaped(opened.mean, self.weights))), self._farthest(opened.weights))
         if opened.mean is None or reason is not None:
             self.note(f"round {self.round + 1}: discarded: {reason}")
             return {"discarded": str(reason)}
         self._step([shaped(opened.mean, self.weights)], [1.0])
         return {"norm": length, "summed": opened.sites}
 
+    def _moved(self, weights: Weights) -> Weights:
+        """Those that gradients move."""
+        return {name: value for name, value in weights.items() if name not in self._statistics}
+
+    def _farthest(self, cases: int, steps: int | None = None) -> float | None:
+        """How far an honest update can reach that was trained from these weights anew; None where nobody can say.
+
+        Args:
+            cases: of all that were summed: no single site has trained on more.
+            steps: as a site states them; without, it is taken by the cases.
+        """
+        federation, train = self.config, self.experiment.train
+        steps = federation.local_steps or steps
+        if steps is None:
+            if alike(self.experiment):  # then nobody tells how many cases there are
+                return None
+            steps = federation.local_epochs * math.ceil(cases * train.samples_per_case / train.batch_size)
+        return reach(self.experiment, self._moved(self.weights), steps, number=self.round)
+
     def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
-        stepped = self.aggregator(self.weights, updates, counts)
+        length, share = travelled(self.experiment, self.round), len(updates) / self._sites
+        stepped = self.aggregator(self.weights, updates, counts, travelled=length, share=share)
         broken = fault(stepped, self.weights)
         if broken is not None:
             raise FederationError(
@@ -287,8 +314,8 @@ class Rounds:
         present = set(self.hub.sites())
         answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)
         waited = time.monotonic() - began
-        arrived: dict[str, Weights] = {}
         for name in missing:
+            now.arrived.pop(name, None)
             row: dict[str, Any] = {"down": down + int(now.sites.get(name, {}).get("down", 0)), "up": 0}
             now.sites[name] = row
             answer = answers.get(name)
@@ -321,14 +348,14 @@ class Rounds:
                 now.updates[name] = update
                 continue
             row["norm"] = norm(update)
-            arrived[name] = update
-        self._measure(now, arrived)
+            now.arrived[name] = update
+        self._measure(now)
 
     def _open(self, answer: Parcel) -> tuple[Weights | None, str | None]:
         """The update in an answer, or why there is none to be had."""
         try:
             update = decompress(answer.arrays, self.weights, self.config.compression)
-            reason = fault(update, self.weights) or _odd(answer.text)
+            reason = fault(update, self.weights) or odd(answer.text)
         except FederationError as error:
             return None, str(error)
         except Exception as error:  # whatever a stranger's arrays come to, the other sites go on
@@ -337,39 +364,38 @@ class Rounds:
 
     def _keys(self, now: _Round, name: str, topic: str, answer: Parcel) -> tuple[Weights | None, str | None]:
         """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
-        reason = _odd(answer.text)
-        if answer.arrays:
-            reason = "it sent arrays, and was asked for public keys alone"
-        try:
-            keys = PublicKeys.read(answer.text.get("keys"))
-            if reason is None:
-                read_roster({other: found.plain() for other, found in {**now.keys, name: keys}.items()})
-                if self._authority is not None:  # else the other sites would find out, and give the round up
-                    text = keys_text(topic, name, keys.envelope, keys.mask)
-                    check_signature(self._authority, name, keys.certificate, keys.signature, text)
-                now.keys[name] = keys
-        except FederationError as error:
-            reason = str(error)
+        reason = odd(answer.text)
+        if reason is None:
+            try:
+                now.keys[name] = read_keys(answer, name, topic, now.keys, self._authority)
+            except FederationError as error:
+                reason = str(error)
         return ({}, None) if reason is None else (None, reason)
 
-    def _measure(self, now: _Round, arrived: dict[str, Weights]) -> None:
-        """Accept what isn't too long, by the norms of this round and the last ones."""
+    def _measure(self, now: _Round) -> None:
+        """Accept what isn't too long, by the norms of this round and the last ones.
+
+        All of this round are measured each time: one that came alone is held against those that come later. In a first
+        round, of which so far there may be one update alone, the recipe has its say too.
+        """
         before = [
             float(row["norm"])
             for entry in self.history[-REMEMBERED:]
             for row in entry["sites"].values()
             if row.get("state") == "ok" and "norm" in row  # under secure aggregation no norm is known
         ]
-        here = [float(row["norm"]) for row in now.sites.values() if "norm" in row]
-        usual = usual_norm([*before, *here])
-        for name, update in arrived.items():
-            row = now.sites[name]
+        usual = usual_norm([*before, *(float(now.sites[name]["norm"]) for name in now.arrived)])
+        steps = dict(zip(now.arrived, stated([now.answers[name].get("steps") for name in now.arrived]), strict=True))
+        for name, update in now.arrived.items():
+            row, stood = now.sites[name], now.updates.pop(name, None) is not None
             reason = too_long(row["norm"], usual, outlier=self.config.outlier, most=self.config.max_norm)
-            row |= {"state": "ok", "reason": None} if reason is None else {"state": "quarantined", "reason": reason}
+            if reason is None and not before:
+                reason = beyond(norm(self._moved(update)), self._farthest(1, steps[name]))
             if reason is None:
                 now.updates[name] = update
-            else:
+            elif stood or row.get("state") != "quarantined":
                 self.note(f"round {self.round + 1}: the update of {name} is quarantined: {reason}")
+            row |= {"state": "ok" if reason is None else "quarantined", "reason": reason}
 
     def _missing(self, now: _Round, asked: tuple[str, ...]) -> str:
         return "Missing: " + "; ".join(
@@ -379,19 +405,18 @@ class Rounds:
         )
 
     def _parcel(self) -> Parcel:
-        text: dict[str, Any] = {"experiment": self._document, "round": self.round}
+        text: dict[str, Any] = {"experiment": self._document, "run": self._name, "round": self.round}
         if self.central is not None:
             text["clip"] = self.central.clip
-        if self.config.secure_aggregation:
-            text["run"] = self._name
-        return Parcel(text=text, arrays=self.weights)
+        control = {f"{CONTROL}{name}": value for name, value in self.aggregator.control(self.weights).items()}
+        return Parcel(text=text, arrays={**self.weights, **control})
 
     # -- which round is best
     # ---------------------------------------------------------------------------------------------
 
     def _observe(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
         """What the sites say of the weights that they began with: those after ``self.round`` rounds."""
-        metrics = _mean_metrics(answers)
+        metrics = mean_metrics(answers)
         name, direction = self.objective
         value, best = metrics.get(name), self.best["value"]
         better = value is not None and (best is None or (value > best if direction == "max" else value < best))
@@ -403,16 +428,26 @@ class Rounds:
         present = set(self.hub.sites())
         parcel = self._parcel()
         found = self.hub.ask("evaluate", {n: parcel for n in sites if n in present}, self.config.deadline)
-        answers = {
-            name: answer.text for name, answer in found.items() if answer.error is None and not _odd(answer.text)
+        before = self.history[-1].get("last") or {"sites": {}}
+        answers: dict[str, Mapping[str, Any]] = {
+            name: {"metrics": metrics, "judged": before.get("judged", {}).get(name)}
+            for name, metrics in before["sites"].items()
         }
+        answers |= {name: one.text for name, one in found.items() if one.error is None and not odd(one.text)}
         self._observe(answers)
         self.history[-1]["last"] = {
-            "metrics": _mean_metrics(answers),
+            "metrics": mean_metrics(answers),
             # Under privacy a site's answer holds no figures at all.
             "sites": {name: text.get("metrics") or {} for name, text in sorted(answers.items())},
+            "judged": {name: text.get("judged") for name, text in sorted(answers.items())},
         }
         self._save()
+        away = [name for name in sites if name not in answers]
+        if self._latest and away:
+            self.note(
+                f"{', '.join(away)} didn't answer to the last weights, from which a site makes the model with weights "
+                "of its own. Once they are well, --resume asks them again"
+            )
 
     # -- on the disk
     # -----------------------------------------------------------------------------------------------------
@@ -486,48 +521,3 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)  # else a loss of power brings back the round before, whose noise would be drawn a second time
     finally:
         os.close(folder)
-
-
-def _odd(text: Mapping[str, Any]) -> str | None:
-    """What is wrong with the figures that come with an update; they are a stranger's."""
-    metrics = text.get("metrics", {})
-    if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
-        return "its metrics are no finite numbers"
-    if len(metrics) > MOST_FIGURES or not all(n.isprintable() and len(n) <= LONGEST_NAME for n in metrics):
-        return f"its metrics are more than {MOST_FIGURES}, or their names are none"
-    if not all(text.get(key) is None or _is_number(text[key]) for key in ("loss", "seconds", "steps")):
-        return "its loss, seconds or steps are no finite numbers"
-    for key in ("cases", "judged"):
-        value = text.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000_000:
-            shown = value if _is_number(value) else f"a {type(value).__name__}"
-            return f"its number of cases ({key}={shown}) is none"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    """Comparing holds for whole numbers of any length, which are no floats."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _counts(answers: Sequence[Mapping[str, Any]], *, private: bool) -> list[float]:
-    """What each site counts for in the mean: its training cases, as it states them, within a bound.
-
-    Under privacy no site states them, and one that did would count for more than all others: all count alike.
-    """
-    if private:
-        return [1.0] * len(answers)
-    stated = [max(1.0, float(text.get("cases", 1))) for text in answers]
-    most = MOST_TIMES * sorted(stated)[(len(stated) - 1) // 2]  # of two in the middle the smaller: growth poisons
-    return [min(count, most) for count in stated]
-
-
-def _mean_metrics(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Mean over sites, each counting by its validation cases, of each metric."""
-    sums: dict[str, tuple[float, float]] = {}
-    for _, text in sorted(answers.items()):
-        share = float(text.get("judged") or 0)
-        for name, value in (text.get("metrics") or {}).items():
-            total, weight = sums.get(name, (0.0, 0.0))
-            sums[name] = (total + share * float(value), weight + share)
-    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}

@@ -1,9 +1,9 @@
 """A site's updates under secure aggregation: checked here, since nobody else can, and kept here until they are masked.
 
-Each run has a folder: ``secret.pt`` has the keys of its newest round and what was answered with them, ``unsent.pt`` the
-update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that was answered and
-the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All are on the disk
-before an answer leaves: a site that was killed answers as before.
+In a run's folder (see ``keeping``) ``secret.pt`` has the keys of its newest round and what was answered with them,
+``unsent.pt`` the update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that
+was answered and the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All
+are on the disk before an answer leaves: a site that was killed answers as before.
 
 One question of a round is answered, whatever run asks it: from the sums of two, among other sites, a server would take
 one site's update by difference. The question's digest is in what the sites sign of their keys: sites that were sent
@@ -15,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +26,8 @@ import torch
 
 from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Parcel
-from medray.errors import FederationError, PrivacyError
-from medray.learn.aggregation.checks import norm, too_long, usual_norm
+from medray.errors import FederationError, PrivacyError, WithheldError
+from medray.learn.aggregation.checks import beyond, norm, too_long, usual_norm
 from medray.learn.aggregation.fixed import Codes, fixed_point, flat
 from medray.learn.aggregation.mean import Weights
 from medray.privacy.central import clipped
@@ -38,13 +37,12 @@ from medray.privacy.secagg.identity import Signer
 from medray.privacy.secagg.roster import read_roster
 from medray.privacy.secagg.site import STAGES, SecureSite, Stage
 from medray.train import checkpoint
+from medray.workflows.federation.keeping import forget_old, place_of, run_folder
 
-__all__ = ["STAGES", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
+__all__ = ["STAGES", "FirstRound", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
-FOLDER, ASKED, PEERS = "sealed", "asked.pt", "peers.pt"
+ASKED, PEERS = "asked.pt", "peers.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
-RUNS = 4
-"""Whose folders are kept."""
 REMEMBERED = 5
 """Rounds whose norms say what is usual here."""
 
@@ -69,20 +67,25 @@ def topic_of(experiment: Experiment, parcel: Parcel) -> str:
     Raises:
         FederationError: the question names no run, or no round.
     """
-    run, number = _place(parcel)
+    run, number = place_of(parcel)
     return f"{recipe_digest(experiment)}/{run}/{number}/{question_of(parcel)}"
 
 
-class KeptBackError(FederationError):
-    """An update that isn't fit to be summed.
+class KeptBackError(WithheldError):
+    """An update that isn't fit to be summed; figures of it are what a mask is to hide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstRound:
+    """What a site that has nothing to compare holds its update against.
 
     Attributes:
-        exactly: the same with figures of the update, for this site's own log: they are what a mask is to hide.
+        farthest: of :func:`medray.learn.aggregation.reach.reach`.
+        statistics: names of weights that no gradient moves, and that it says nothing of.
     """
 
-    def __init__(self, message: str, exactly: str) -> None:
-        super().__init__(message)
-        self.exactly = exactly
+    farthest: float | None
+    statistics: frozenset[str]
 
 
 class Sealing:
@@ -124,7 +127,7 @@ class Sealing:
             PrivacyError: the sum of a second answer, less that of the first, could be this site's update.
             FederationError: the question names no run, or no round.
         """
-        run, number = _place(asked)
+        run, number = place_of(asked)
         last = self._asked().get(recipe_digest(experiment))
         if last is None or number > last[0]:
             return
@@ -138,7 +141,9 @@ class Sealing:
             "with the run that asked first (--resume), or begin a new federation, with another seed"
         )
 
-    def begin(self, experiment: Experiment, asked: Parcel, update: Weights, cases: int) -> dict[str, str]:
+    def begin(
+        self, experiment: Experiment, asked: Parcel, update: Weights, cases: int, *, guard: FirstRound | None = None
+    ) -> dict[str, str]:
         """Keep a round's update, and give the public keys of the round.
 
         Args:
@@ -147,17 +152,18 @@ class Sealing:
                 sum, ``clip``: the norm that the update may have.
             update: what this site would add to the weights.
             cases: that trained.
+            guard: how far the update of a first round may reach.
 
         Raises:
             PrivacyError: see :meth:`permit`.
             KeptBackError: the update isn't fit to be summed.
         """
         self.permit(experiment, asked)
-        (run, number), recipe = _place(asked), recipe_digest(experiment)
+        (run, number), recipe = place_of(asked), recipe_digest(experiment)
         folder = self._folder(experiment, run)
         before = checkpoint.load(folder / SECRET)
         norms = [] if before is None else list(before["norms"])
-        length = self._checked(update, norms, experiment)
+        length = self._checked(update, norms, experiment, guard)
         topic = topic_of(experiment, asked)
         site = SecureSite.begin(topic=topic, name=self.name, quorum=experiment.federation.quorum)
         most = 1 if alike(experiment) else experiment.federation.max_cases
@@ -170,7 +176,7 @@ class Sealing:
         about = {"run": run, "round": number, "norms": [*norms, length][-REMEMBERED:]}
         checkpoint.save(folder / SECRET, {**about, "site": site.plain()})
         checkpoint.save(self.directory / ASKED, {"rounds": {**self._asked(), recipe: [number, question_of(asked)]}})
-        self._tidy(folder)
+        forget_old(folder, self._note)
         return site.keys(self._sign()).plain()
 
     def answer(self, experiment: Experiment, parcel: Parcel) -> Parcel:
@@ -179,7 +185,7 @@ class Sealing:
         Raises:
             FederationError: this site sits the round out; the message says why.
         """
-        stage, (run, number) = cast(Stage, parcel.text["ask"]), _place(parcel)
+        stage, (run, number) = cast(Stage, parcel.text["ask"]), place_of(parcel)
         folder = self._folder(experiment, run)
         secret = checkpoint.load(folder / SECRET)
         if secret is None or secret["run"] != run:
@@ -212,7 +218,7 @@ class Sealing:
         words: Codes = kept["masked"].numpy()
         return words.view(words.dtype.str.replace("i", "u"))
 
-    def _checked(self, update: Weights, norms: list[float], experiment: Experiment) -> float:
+    def _checked(self, update: Weights, norms: list[float], experiment: Experiment, guard: FirstRound | None) -> float:
         """The update's norm, if it is fit: under a mask no server can look."""
         length = norm(update)
         if not math.isfinite(length):
@@ -222,10 +228,13 @@ class Sealing:
         if federation.privacy.on:  # it is clipped to what all may have
             return length
         reason = too_long(length, usual_norm(norms), outlier=federation.outlier, most=federation.max_norm)
+        if reason is None and not norms and guard is not None:
+            moved = {name: value for name, value in update.items() if name not in guard.statistics}
+            reason = beyond(norm(moved), guard.farthest)
         if reason is not None:
             raise KeptBackError(
-                f"site {self.name}: keeps its update back: it is too long (federation.outlier, federation.max_norm); "
-                "the site's own audit log says more",
+                f"site {self.name}: keeps its update back: it is too long (federation.outlier, federation.max_norm, "
+                "or what the recipe can reach in a first round); the site's own audit log says more",
                 f"site {self.name}: keeps its update back: {reason}",
             )
         return length
@@ -244,15 +253,7 @@ class Sealing:
         return point.encode(row, int(kept["weight"]))
 
     def _folder(self, experiment: Experiment, run: str) -> Path:
-        """Of a run: two of them at once, or one after the other by the same recipe, don't meet."""
-        name = hashlib.sha256(f"{recipe_digest(experiment)}/{run}".encode()).hexdigest()[:32]
-        return self.directory / FOLDER / name
-
-    def _tidy(self, newest: Path) -> None:
-        """Forget the runs that were asked for longest ago."""
-        others = [folder for folder in (self.directory / FOLDER).iterdir() if folder != newest]
-        for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[: -(RUNS - 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+        return run_folder(self.directory, recipe_digest(experiment), run)
 
     def _recognise(self, said: Mapping[str, Any]) -> None:
         """Remember the certificates of a roster whose signatures were found true.
@@ -279,16 +280,6 @@ class Sealing:
         if self._signer is None and self._signer_of is not None:
             self._signer = self._signer_of()
         return self._signer
-
-
-def _place(parcel: Parcel) -> tuple[str, int]:
-    """Run and round, from 0, that a question is of."""
-    run, number = parcel.text.get("run"), parcel.text.get("round")
-    if not isinstance(run, str) or re.fullmatch("[0-9a-f]{32}", run) is None:
-        raise FederationError("under secure aggregation a question names its run, in 32 hexadecimal digits")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise FederationError(f"under secure aggregation a question names its round, from 0, not {number!r}")
-    return run, number
 
 
 def _bounded(row: npt.NDArray[np.float64], clip: object, step: float) -> npt.NDArray[np.float64]:

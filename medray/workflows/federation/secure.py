@@ -14,12 +14,13 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError
 from medray.learn.aggregation.fixed import Codes, fixed_point
-from medray.privacy.secagg.roster import FEWEST, PublicKeys, hexes
+from medray.privacy.secagg.identity import check_signature
+from medray.privacy.secagg.roster import FEWEST, PublicKeys, hexes, keys_text, read_roster
 from medray.privacy.secagg.server import SecureServer
 from medray.privacy.secagg.site import Stage
 from medray.workflows.federation.sealing import alike, topic_of
 
-__all__ = ["Opened", "open_round"]
+__all__ = ["Opened", "open_round", "read_keys"]
 
 T = TypeVar("T")
 
@@ -50,6 +51,31 @@ class Opened:
     lost: dict[str, tuple[str, str]] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
+
+
+def read_keys(
+    answer: Parcel, name: str, topic: str, others: Mapping[str, PublicKeys], authority: bytes | None
+) -> PublicKeys:
+    """A site's public keys of a round, as its answer holds them.
+
+    Args:
+        answer: of the site.
+        name: of the site.
+        topic: of the round.
+        others: keys that other sites gave.
+        authority: certificate (PEM) to check signatures by; None in a simulation.
+
+    Raises:
+        FederationError: it holds arrays, no keys, another's, or ones that this site didn't sign.
+    """
+    if answer.arrays:
+        raise FederationError("it sent arrays, and was asked for public keys alone")
+    keys = PublicKeys.read(answer.text.get("keys"))
+    read_roster({other: found.plain() for other, found in {**others, name: keys}.items()})
+    if authority is not None:  # else the other sites would find out, and give the round up
+        text = keys_text(topic, name, keys.envelope, keys.mask)
+        check_signature(authority, name, keys.certificate, keys.signature, text)
+    return keys
 
 
 def open_round(hub: Hub, experiment: Experiment, asked: Parcel, keys: Mapping[str, PublicKeys]) -> Opened:

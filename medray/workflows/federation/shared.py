@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,7 +15,7 @@ from medray.config.federation import FederationConfig
 from medray.errors import FederationError
 from medray.learn.aggregation.mean import Weights
 
-__all__ = ["arrays_of", "put", "shared_names", "statistics_of"]
+__all__ = ["arrays_of", "keeps_own", "own_names", "put", "shared_names", "statistics_of"]
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -31,7 +32,8 @@ def shared_names(model: nn.Module, config: FederationConfig) -> tuple[str, ...]:
     ``federation.local`` names. Counters (batch norm's number of batches) are nobody's business.
 
     Raises:
-        FederationError: a pattern of ``federation.local`` fits nothing, or nothing is left to share.
+        FederationError: a pattern of ``federation.local`` fits nothing, fedbn finds no norm layer, or nothing is left
+            to share.
     """
     state = model.state_dict()
     kept: set[str] = set()
@@ -39,6 +41,11 @@ def shared_names(model: nn.Module, config: FederationConfig) -> tuple[str, ...]:
         for prefix, module in model.named_modules():
             if isinstance(module, _NORMS):
                 kept |= {name for name in state if name.startswith(f"{prefix}." if prefix else "")}
+        if not kept:
+            raise FederationError(
+                "federation.strategy=fedbn keeps norm layers at the sites, and this network has none with weights: "
+                "nothing would stay there. Choose fedavg, or another model.name or model.norm"
+            )
     for pattern in config.local:
         fitting = {name for name in state if fnmatchcase(name, pattern)}
         if not fitting:
@@ -49,6 +56,16 @@ def shared_names(model: nn.Module, config: FederationConfig) -> tuple[str, ...]:
     if not names:
         raise FederationError("federation.local keeps every weight at the sites: nothing is left to share")
     return names
+
+
+def keeps_own(config: FederationConfig) -> bool:
+    """Whether some weights stay at the sites."""
+    return config.strategy == "fedbn" or bool(config.local)
+
+
+def own_names(model: nn.Module, shared: Collection[str]) -> tuple[str, ...]:
+    """Names of the weights and statistics that stay at the sites, in the network's order; counters are none."""
+    return tuple(name for name, value in model.state_dict().items() if name not in shared and value.is_floating_point())
 
 
 def statistics_of(model: nn.Module) -> frozenset[str]:

@@ -15,7 +15,10 @@ from medray.report.data import Interval as Shown
 from medray.report.federation import RoundRow
 from medray.workflows.federation.rounds import Federated
 
-__all__ = ["aggregation", "central", "curves", "headline_of", "round_row", "settings", "shown"]
+__all__ = ["aggregation", "central", "curves", "headline_of", "kept_at_sites", "round_row", "settings", "shown"]
+
+NAMED = 12
+"""Tensors that a report names."""
 
 
 def shown(found: Interval) -> Shown:
@@ -96,8 +99,24 @@ def aggregation(experiment: Experiment) -> str:
     )
 
 
+def kept_at_sites(own: Sequence[str]) -> str:
+    """What never left the sites of the network itself; said aloud. Empty where all is shared."""
+    if not own:
+        return ""
+    return (
+        f"{len(own)} of the network's tensors stay at the sites and were seen by nobody else; what was shared is no "
+        "model without them. Each site has its own, in its own folder: this server has none."
+    )
+
+
 def settings(
-    experiment: Experiment, federated: Federated, seconds: float, machine: str, *, sites: str
+    experiment: Experiment,
+    federated: Federated,
+    seconds: float,
+    machine: str,
+    *,
+    sites: str,
+    own: Sequence[str] = (),
 ) -> dict[str, str]:
     """What decided the rounds, and what they took.
 
@@ -107,6 +126,7 @@ def settings(
         seconds: wall clock.
         machine: where the server ran.
         sites: where they come from, in a few words.
+        own: names of the weights that stay there.
     """
     federation, shared = experiment.federation, federated.weights
     local = (
@@ -124,6 +144,8 @@ def settings(
         "Machine": machine,
         "PyTorch": torch.__version__,
     }
+    if own:
+        found["Stay at the sites"] = ", ".join(own[:NAMED]) + (f" and {len(own) - NAMED} more" if own[NAMED:] else "")
     if federation.strategy == "fedprox":
         found["Proximal mu"] = f"{federation.proximal_mu:g}"
     return found

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from medray.config.compose import Composed, compose
 from medray.config.schema import Experiment, SplitConfig
 from medray.data.checks import check, require_sound
@@ -29,8 +27,9 @@ from medray.train.precision import resolve_device
 from medray.workflows.events import Observer, StudyEvent
 from medray.workflows.federation.conclude import Concluded, Ended, conclude
 from medray.workflows.federation.rounds import RECORD, Federated, Rounds
-from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
+from medray.workflows.federation.shared import arrays_of, own_names, shared_names, statistics_of
 from medray.workflows.federation.site import SiteFolder, opener
+from medray.workflows.federation.surveying import asked_of, survey
 from medray.workflows.planning import default_cache, dump
 from medray.workflows.recipe import Recipe
 from medray.workflows.sitting import Sitting, sitting
@@ -164,6 +163,8 @@ def checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
     """
     if experiment.privacy.on:
         _check_privacy(experiment, explicit)
+    if experiment.federation.strategy == "scaffold":
+        _check_corrected(experiment)
     if experiment.schedule.name == "plateau":
         raise ConfigError(
             "schedule.name=plateau listens to validations, of which a site has none while it trains in a federation. "
@@ -176,13 +177,27 @@ def checked(experiment: Experiment, explicit: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
+def _check_corrected(experiment: Experiment) -> None:
+    """Refuse training from whose way the mean gradient can't be told."""
+    optim = experiment.optim
+    if optim.name != "sgd" or optim.momentum > 0 or experiment.privacy.on:
+        raise ConfigError(
+            f"federation.strategy=scaffold tells a site's mean gradient from how far plain SGD went; this is "
+            f"optim.name={optim.name}, optim.momentum={optim.momentum:g}"
+            f"{', with privacy.epsilon' if experiment.privacy.on else ''}. Set optim.name=sgd and optim.momentum=0, "
+            "and leave privacy.epsilon out, or choose fedavg or fedprox"
+        )
+
+
 def _check_privacy(experiment: Experiment, explicit: Mapping[str, Any]) -> None:
     """Refuse what would let private figures out beside the training."""
     preprocess = explicit.get("preprocess") or {}
-    if experiment.preprocess.normalize == "columns" and not {"mean", "std"} <= preprocess.keys():
+    charged = experiment.federation.fingerprint_epsilon is not None
+    if experiment.preprocess.normalize == "columns" and not charged and not {"mean", "std"} <= preprocess.keys():
         raise PrivacyError(
             "preprocess.normalize=columns would take the columns' means and deviations from private data, uncharged. "
-            "Give public constants, one a channel, in preprocess.mean and preprocess.std"
+            "Give public constants, one a channel, in preprocess.mean and preprocess.std, or have the sites tell them "
+            "with noise: federation.fingerprint_epsilon"
         )
     if experiment.privacy.ledger is not None:
         raise PrivacyError("privacy.ledger is a hospital's; a simulation has none. Leave it out")
@@ -208,7 +223,11 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
     sections = {name: explicit.get(name) or {} for name in ("federation", "split")}
     asked = Experiment.model_validate({"data": source, **sections})
     split, partition = asked.split, asked.federation.partition
-    lot = json.dumps({"data": source, "split": split.model_dump(), "partition": partition.model_dump()}, indent=1)
+    dealing = {"data": source, "split": split.model_dump(), "partition": partition.model_dump()}
+    surveyed = asked_of(explicit) if asked.federation.fingerprint_epsilon is not None else None
+    if surveyed is not None:
+        dealing |= {"fingerprint": surveyed.privacy.model_dump()}
+    lot = json.dumps(dealing, indent=1)
     if (out / LOT).is_file():
         if (out / LOT).read_text(encoding="utf-8") != lot:
             raise ConfigError(
@@ -224,16 +243,14 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
         shutil.rmtree(folders_file, ignore_errors=True)
         stage(f"measuring {len(dealt)} sites, each by itself")
         cases: list[Case] = []
-        prints: list[tuple[str, Fingerprint]] = []
+        placed: list[SiteFolder] = []
         for number, (name, indices) in enumerate(dealt.items()):
             own = _own_manifest(manifest, name, indices, split)
             folder = folders_file / f"{number:03d}"
             own.save(folder / "manifest.json")
             cases += own.cases
-            answer = SiteFolder(name=name, directory=str(folder.resolve()), cache=cache).open()
-            reply = answer("query", Parcel(text={"ask": "fingerprint"}))
-            prints.append((name, Fingerprint.model_validate(reply.text["fingerprint"])))
-        merged = merge_fingerprints(prints)
+            placed.append(SiteFolder(name=name, directory=str(folder.resolve()), cache=cache))
+        merged = _measured(tuple(placed), surveyed, stage)
         for number in range(len(dealt)):
             merged.save(folders_file / f"{number:03d}" / "fingerprint.json")
         manifest.model_copy(update={"cases": tuple(cases)}).save(out / "manifest.json")
@@ -244,6 +261,20 @@ def prepare_sites(composed: Composed, out: Path, stage: Any) -> tuple[Recipe, tu
         name = str(Manifest.load(folder / "manifest.json").cases[0].site)
         folders.append(SiteFolder(name=name, directory=str(folder.resolve()), cache=cache))
     return Recipe(directory=str(out), explicit=explicit, cache=cache), tuple(folders)
+
+
+def _measured(folders: tuple[SiteFolder, ...], surveyed: Experiment | None, stage: Any) -> Fingerprint:
+    """The fingerprint of all sites: from theirs, or out of sums with noise, as a run over a network would have it."""
+    if surveyed is not None:
+        from medray.engines.flower.inprocess import in_process
+
+        hub, names = in_process(opener(folders), len(folders)), tuple(folder.name for folder in folders)
+        return survey(hub, names, surveyed, authority=None, said=stage).fingerprint
+    prints: list[tuple[str, Fingerprint]] = []
+    for folder in folders:
+        reply = folder.open()("query", Parcel(text={"ask": "fingerprint"}))
+        prints.append((folder.name, Fingerprint.model_validate(reply.text["fingerprint"])))
+    return merge_fingerprints(prints)
 
 
 def _own_manifest(manifest: Manifest, name: str, indices: Sequence[int], split: SplitConfig) -> Manifest:
@@ -278,7 +309,7 @@ def run_rounds(
         arrays_of(model, shared),
         statistics_of(model),
         objective=find_task(recipe.manifest.task).objective,
-        latest=len(shared) < _shareable(model),
+        latest=bool(own_names(model, shared)),
         tell=lambda number, entry: stage.round(number, entry, of),
         note=lambda text: stage(text, "note"),
     ).run(names)
@@ -297,10 +328,6 @@ def _await(hub: Hub, names: tuple[str, ...]) -> None:
                 f"sites {', '.join(missing)} did not come up within {PATIENCE:.0f} s. Is there memory for them all?"
             )
         time.sleep(0.1)
-
-
-def _shareable(model: nn.Module) -> int:
-    return sum(value.is_floating_point() for value in model.state_dict().values())
 
 
 def _on_engine(

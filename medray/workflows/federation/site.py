@@ -1,10 +1,9 @@
 """What a site does when the server asks: say who it is, measure its data, train, judge.
 
-A site's own things lie in its folder and never leave it: ``manifest.json``, the state of its optimiser, the weights
-that are its own, what compression left out. The state of the last two rounds is kept, with the answer that was given: a
-server that lost it gets the same one again. Under differential privacy a second one would be paid for a second time;
-under secure aggregation there is none, see ``sealing``.
-State of another recipe is another run's, and counts for nothing.
+A site's own things lie in its folder and never leave it: ``manifest.json`` and, of each run, the state of its
+optimiser, the weights that are its own, what compression left out; see ``keeping``. The state of the last two rounds is
+kept, with the answer that was given: a server that lost it gets the same one again. Under differential privacy a second
+one would be paid for a second time; under secure aggregation there is none, see ``sealing``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,40 +22,38 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from medray.config.privacy import PrivacyConfig
 from medray.config.schema import Experiment
 from medray.data.cache import PreparedStore
 from medray.data.fingerprint import measure
+from medray.data.fingerprint_sums import Schema
 from medray.data.loader import TrainLoader, train_loader
 from medray.data.manifest import Manifest
 from medray.data.splits import Splits, make_splits
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.errors import FederationError, PrivacyError, WithheldError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
-from medray.learn.proximal import attach_proximal
+from medray.learn.aggregation.reach import reach
+from medray.learn.aggregation.scaffold import moved_control, parted, travelled
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
-from medray.privacy.runtime import PrivateRuntime
 from medray.privacy.secagg.identity import Signer
 from medray.tasks.catalogue import build_loss
-from medray.train import checkpoint
 from medray.train.fit import fit
 from medray.train.leg import Leg, Rounds
 from medray.train.precision import resolve_device
-from medray.train.runtime import LocalRuntime, MakeOptimizer
-from medray.workflows.federation.sealing import STAGES, KeptBackError, Sealing, question_of
-from medray.workflows.federation.shared import arrays_of, put, shared_names
+from medray.train.runtime import LocalRuntime
+from medray.workflows.federation.charging import Charge
+from medray.workflows.federation.keeping import keep_state, kept_state, kept_states, place_of, run_folder
+from medray.workflows.federation.personal import write_own
+from medray.workflows.federation.runtimes import PrivateSiteRuntime, SiteRuntime
+from medray.workflows.federation.sealing import STAGES, FirstRound, KeptBackError, Sealing, question_of
+from medray.workflows.federation.shared import arrays_of, keeps_own, own_names, put, shared_names, statistics_of
+from medray.workflows.federation.surveying import SCHEMA, SUMS, answer_sums
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model
 
-__all__ = ["SiteFolder", "SiteWorker", "kept_state", "local_experiment", "opener"]
-
-Charge = Callable[[PrivacyPlan, int], None]
-"""Told the plan of the whole run and the steps of the round that is about to begin; raises where it may not.
-
-No steps reserve the run: that comes before data are touched.
-"""
+__all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
 
 _NOTHING = ("val/none", "max")
 
@@ -97,13 +94,11 @@ class _Bench:
     """What a site needs for one experiment, built once.
 
     Attributes:
-        recipe: its content hash.
         experiment: as it is trained here.
         steps: of one round.
         plan: of the whole run's privacy, where it has any.
     """
 
-    recipe: str
     experiment: Experiment
     model: nn.Module
     fresh: dict[str, torch.Tensor]
@@ -125,6 +120,8 @@ class SiteWorker:
         fewest: patients that must train, or nothing is trained; and validate, or nothing is judged.
         signer: gives this site's node key, for secure aggregation; None in a simulation.
         note: hears what the site's owner should know, and nobody else.
+        models: folder for bundles of the site's own models, where weights stay at the sites; None in a simulation,
+            which writes them itself.
     """
 
     def __init__(
@@ -135,11 +132,12 @@ class SiteWorker:
         fewest: int = 1,
         signer: Callable[[], Signer] | None = None,
         note: Callable[[str], None] = lambda _: None,
+        models: Path | None = None,
     ) -> None:
-        self.folder, self._charge, self._fewest = folder, charge, fewest
+        self.folder, self._charge, self._fewest, self._models = folder, charge, fewest, models
         self.directory = Path(folder.directory)
         self.manifest = Manifest.load(self.directory / "manifest.json")
-        self._sealing = Sealing(self.directory, folder.name, signer, note=note)
+        self._note, self._sealing = note, Sealing(self.directory, folder.name, signer, note=note)
         self._bench: _Bench | None = None
 
     def __call__(self, kind: Kind, parcel: Parcel) -> Parcel:
@@ -147,7 +145,7 @@ class SiteWorker:
 
         Raises:
             FederationError: a question that no site knows, or weights that don't fit.
-            PolicyError: too few patients would train.
+                WithheldError: too few patients would train, or too few for the privacy that is asked for.
             PrivacyError: the run, or this round of it, may not be paid for.
             MedrayError: whatever the work itself comes to.
         """
@@ -155,17 +153,17 @@ class SiteWorker:
             return Parcel(text={"name": self.folder.name})
         if kind == "query" and parcel.text.get("ask") == "fingerprint":
             return Parcel(text={"fingerprint": measure(self.manifest).model_dump(mode="json")})
+        if kind == "query" and parcel.text.get("ask") == SCHEMA:
+            return Parcel(text={"schema": Schema.of(self.manifest).model_dump(mode="json")})
+        if kind == "query" and parcel.text.get("ask") == SUMS:
+            asked = self._asked(parcel)
+            return answer_sums(self.manifest, self.directory, asked, parcel, self._sealing, self._charge)
         if kind == "query" and parcel.text.get("ask") in STAGES:
             return self._sealing.answer(self._asked(parcel), parcel)
         if kind == "train":
             return self._train(parcel)
         if kind == "evaluate":
-            experiment = self._asked(parcel)
-            if _discreet(experiment):
-                return Parcel(text={"metrics": {}, "judged": 0})
-            bench = self._set_up(experiment)
-            self._load(bench, parcel, before=None)
-            return Parcel(text=self._judge(bench))
+            return Parcel(text=self._evaluate(self._asked(parcel), parcel))
         raise FederationError(f"site {self.folder.name}: {kind} {dict(parcel.text)} is nothing that a site answers")
 
     # -- work
@@ -175,21 +173,24 @@ class SiteWorker:
         began = time.monotonic()
         experiment = self._asked(parcel)
         federation = experiment.federation
-        number = int(parcel.text["round"])
-        question = question_of(parcel)
-        given = self._given(experiment, number, question)
+        (_, number), question = place_of(parcel), question_of(parcel)
+        kept = self._kept(experiment, parcel)
+        given = self._given(experiment, kept, number, question)
         if given is not None:
             return given
         if federation.secure_aggregation:
             self._sealing.permit(experiment, parcel)
             self._sealing.ready()
         bench = self._set_up(experiment)
-        state = self._load(bench, parcel, before=number)
+        state = kept_state(kept, before=number)
+        self._load(bench, parcel, state)
         judged = self._judge(bench)
-        weights = cast(dict[str, Any], dict(parcel.arrays))
+        weights, control = parted(cast(dict[str, Any], dict(parcel.arrays)))
+        own = {name: value.numpy() for name, value in state.get("control", {}).items()}
+        correction = {name: value - own.get(name, np.zeros_like(value)) for name, value in control.items()}
         leg = Leg(number, federation.rounds)
         batches = Rounds(bench.loader, leg, steps=bench.steps, epochs=federation.local_epochs)
-        runtime = self._runtime(bench, number, state.get("optimizer"))
+        runtime = self._runtime(bench, number, state.get("optimizer"), _tensors(correction))
         result = fit(
             bench.experiment,
             bench.model,
@@ -202,15 +203,18 @@ class SiteWorker:
         )
         after = arrays_of(bench.model, bench.shared)
         update = {name: value - weights[name] for name, value in after.items()}
+        if control:
+            own = moved_control(own, control, update, travelled(experiment, number))
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
         cases = len(bench.splits.train)
         said: dict[str, Any] = {}
         if federation.secure_aggregation:  # the update stays here, and its weight is masked with it
             try:
-                sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases)}
+                guard = self._first(bench, weights, number)
+                sent, said = {}, {"keys": self._sealing.begin(experiment, parcel, update, cases, guard=guard)}
             except KeptBackError as error:
-                self._refuse(bench, number, state, question, error)
+                self._refuse(kept, number, state, question, error)
                 raise
         elif not _discreet(experiment):  # steps, and how long they took, tell of the number of cases
             said = {"cases": cases, "steps": result.steps, "seconds": time.monotonic() - began}
@@ -218,17 +222,53 @@ class SiteWorker:
         if losses and not _discreet(experiment):
             said["loss"] = losses[-1]
         answer = Parcel(text={**judged, **said}, arrays=sent)
-        self._keep(bench, number, runtime, left, question, answer)
+        self._keep(bench, kept, number, runtime, left, own, question, answer)
         return answer
 
-    def _given(self, experiment: Experiment, number: int, question: str) -> Parcel | None:
+    def _evaluate(self, experiment: Experiment, parcel: Parcel) -> dict[str, Any]:
+        """What the weights are worth here; those of the last round become, with this site's own, its own model."""
+        own = self._models is not None and place_of(parcel)[1] >= experiment.federation.rounds
+        if _discreet(experiment) and not (own and keeps_own(experiment.federation)):
+            return {"metrics": {}, "judged": 0}
+        bench = self._set_up(experiment)
+        state = kept_state(self._kept(experiment, parcel))
+        self._load(bench, parcel, state)
+        judged = self._judge(bench)
+        if own and self._models is not None and own_names(bench.model, bench.shared):
+            self._write_own(bench, self._models / self._kept(experiment, parcel).name[:12], trained=bool(state))
+        return judged
+
+    def _write_own(self, bench: _Bench, directory: Path, *, trained: bool) -> None:
+        if not trained:
+            self._note(
+                "a run is over that this site trained in no round of: it has no weights of its own, and no model"
+            )
+            return
+        with torch.no_grad():
+            said = write_own(
+                directory,
+                self.directory,
+                self.folder.cache,
+                name=self.folder.name,
+                model=bench.model,
+                experiment=bench.experiment,
+                splits=bench.splits,
+            )
+        self._note(f"a run is over: {said}")
+
+    def _kept(self, experiment: Experiment, parcel: Parcel) -> Path:
+        """The folder of the run that a question is of."""
+        return run_folder(self.directory, recipe_digest(experiment), place_of(parcel)[0])
+
+    def _given(self, experiment: Experiment, kept: Path, number: int, question: str) -> Parcel | None:
         """The answer to this very question, if it was given before.
 
         Raises:
             FederationError: it was refused before: trained again, it would be paid for again.
-            PrivacyError: the round, or a later one, was answered to another question, and privacy is paid by the round.
+            PrivacyError: the round of this run, or a later one, was answered to another question: privacy is paid by
+                the round.
         """
-        found = _states(self.directory, recipe_digest(experiment))
+        found = kept_states(kept)
         for state in found:
             if state["round"] == number and state["question"] == question:
                 if state.get("refused"):
@@ -244,7 +284,7 @@ class SiteWorker:
         return None
 
     def _runtime(
-        self, bench: _Bench, number: int, optimizer: dict[str, Any] | None
+        self, bench: _Bench, number: int, optimizer: dict[str, Any] | None, correction: Mapping[str, torch.Tensor]
     ) -> SiteRuntime | PrivateSiteRuntime:
         """What trains this round: plainly, or under the privacy that the whole federation was planned with.
 
@@ -254,7 +294,7 @@ class SiteWorker:
         federation, device = experiment.federation, resolve_device(experiment.device)
         mu = federation.proximal_mu if federation.strategy == "fedprox" else 0.0
         if bench.plan is None:
-            return SiteRuntime(device, mu=mu, optimizer=optimizer)
+            return SiteRuntime(device, mu=mu, correction=correction, optimizer=optimizer)
         if self._charge is not None:
             self._charge(bench.plan, bench.steps)
         return PrivateSiteRuntime(
@@ -267,6 +307,12 @@ class SiteWorker:
             seed=experiment.seed + number,
             optimizer=optimizer,
         )
+
+    def _first(self, bench: _Bench, weights: Weights, number: int) -> FirstRound:
+        statistics = statistics_of(bench.model)
+        moved = {name: value for name, value in weights.items() if name not in statistics}
+        farthest = reach(bench.experiment, moved, bench.steps, number=number)
+        return FirstRound(farthest=farthest, statistics=statistics)
 
     def _judge(self, bench: _Bench) -> dict[str, Any]:
         """Metrics of the weights just loaded on the site's validation cases, where it has any."""
@@ -292,7 +338,6 @@ class SiteWorker:
 
     def _set_up(self, asked: Experiment) -> _Bench:
         """What the run needs. Whether it may be had at all is settled before any image is read."""
-        recipe = recipe_digest(asked)
         experiment = local_experiment(asked)
         if self._bench is not None and self._bench.experiment == experiment:
             return self._bench
@@ -300,9 +345,10 @@ class SiteWorker:
         splits = make_splits(manifest, experiment.split, experiment.split.seed)
         patients = len(set(self._groups(splits.train)))
         if patients < self._fewest:
-            raise PolicyError(
-                f"site {self.folder.name!r} refuses: {patients} patients would train, fewer than fewest="
-                f"{self._fewest}: too few to hide among. Hold back fewer (split.test, split.folds)"
+            rule = f"fewer than fewest={self._fewest}: too few to hide among. Hold back fewer (split.test, split.folds)"
+            raise WithheldError(
+                f"site {self.folder.name!r} refuses: the patients that would train are {rule}",
+                f"{patients} patients would train, {rule}",
             )
         steps = _steps(experiment, len(splits.train))
         plan = self._plan(experiment, splits, steps)
@@ -317,7 +363,6 @@ class SiteWorker:
                 store, splits.val, experiment, kind=kind, num_classes=classes, runtime=LocalRuntime(device)
             )
         self._bench = _Bench(
-            recipe=recipe,
             experiment=experiment,
             model=model,
             fresh={name: value.detach().clone() for name, value in model.state_dict().items()},
@@ -337,39 +382,56 @@ class SiteWorker:
             return None
         groups = self._groups(splits.train)
         units = len(set(groups)) if experiment.privacy.unit == "patient" else len(groups)
-        return plan_privacy(
-            experiment.privacy,
-            units=units,
-            batch_size=min(experiment.train.batch_size, units),
-            steps=experiment.federation.rounds * steps,
-        )
+        try:
+            return plan_privacy(
+                experiment.privacy,
+                units=units,
+                batch_size=min(experiment.train.batch_size, units),
+                steps=experiment.federation.rounds * steps,
+            )
+        except PrivacyError as error:
+            if self._charge is None:  # a simulation, where all is known
+                raise
+            raise WithheldError(
+                f"site {self.folder.name!r} refuses: privacy.epsilon and privacy.delta can't be held with the patients "
+                "here. Take a smaller delta, a larger epsilon or fewer rounds; the site's own audit log says more",
+                str(error),
+            ) from None
 
     def _groups(self, cases: Sequence[int]) -> list[str]:
         """The patient of each case."""
         return [self.manifest.cases[index].group for index in cases]
 
-    def _load(self, bench: _Bench, parcel: Parcel, *, before: int | None) -> dict[str, Any]:
-        """Set the network to the server's weights and this site's own; the state of the round before, if there is one.
+    def _load(self, bench: _Bench, parcel: Parcel, state: Mapping[str, Any]) -> None:
+        """Set the network to the server's weights and this site's own, of the state of a round before.
 
         Raises:
             FederationError: not exactly the weights that are shared.
         """
-        if set(parcel.arrays) != set(bench.shared):
-            odd = sorted(set(parcel.arrays) ^ set(bench.shared))[0]
+        weights, control = parted(cast(dict[str, Any], dict(parcel.arrays)))
+        wanted = set(bench.shared) - statistics_of(bench.model)
+        corrected = bench.experiment.federation.strategy == "scaffold"
+        if set(weights) != set(bench.shared) or set(control) != (wanted if corrected else set()):
+            odd = sorted((set(weights) ^ set(bench.shared)) or (set(control) ^ wanted))[0]
             raise FederationError(
                 f"site {self.folder.name}: the server's weights don't fit: {odd!r} is on one side only"
             )
         if bench.experiment.privacy.on:  # what takes gradients of samples may leave its hooks in the network
             bench.model = new_model(bench.experiment, self.manifest).to(resolve_device(bench.experiment.device))
         bench.model.load_state_dict(bench.fresh)
-        state = kept_state(self.directory, bench.recipe, before=before)
-        own = state.get("own", {})
-        bench.model.load_state_dict(own, strict=False)
-        put(bench.model, cast(dict[str, Any], dict(parcel.arrays)))
-        return state
+        bench.model.load_state_dict(state.get("own", {}), strict=False)
+        put(bench.model, weights)
 
     def _keep(
-        self, bench: _Bench, number: int, runtime: _Keeps, residual: Weights, question: str, answer: Parcel
+        self,
+        bench: _Bench,
+        kept: Path,
+        number: int,
+        runtime: SiteRuntime | PrivateSiteRuntime,
+        residual: Weights,
+        control: Weights,
+        question: str,
+        answer: Parcel,
     ) -> None:
         own = {
             name: value.detach().cpu().clone()
@@ -377,50 +439,33 @@ class SiteWorker:
             if name not in bench.shared
         }
         state = {
-            "recipe": bench.recipe,
             "round": number,
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
             "residual": _tensors(residual),
+            "control": _tensors(control),
             "question": question,
             "text": json.dumps(dict(answer.text)),
             "answer": _tensors(answer.arrays),
         }
-        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
+        keep_state(kept, state, forgets=self._note)
 
     def _refuse(
-        self, bench: _Bench, number: int, before: Mapping[str, Any], question: str, error: FederationError
+        self, kept: Path, number: int, before: Mapping[str, Any], question: str, error: FederationError
     ) -> None:
         """Keep a refusal as the round's answer; the site goes on from where it was before the round."""
         state = {
-            "recipe": bench.recipe,
             "round": number,
             "own": before.get("own", {}),
             "optimizer": before.get("optimizer"),
             "residual": before.get("residual", {}),
+            "control": before.get("control", {}),
             "question": question,
             "text": "{}",
             "answer": {},
             "refused": str(error),
         }
-        checkpoint.save(self.directory / f"state-{number % 2}.pt", state)
-
-
-def kept_state(directory: Path, recipe: str, *, before: int | None = None) -> dict[str, Any]:
-    """A site's newest state of a run: of a round below ``before``, or of all; nothing where there is none.
-
-    Args:
-        directory: of the site.
-        recipe: content hash of the run's experiment; what another one left doesn't count.
-        before: a round's number, from 0.
-    """
-    fitting = [state for state in _states(directory, recipe) if before is None or state["round"] < before]
-    return max(fitting, key=lambda state: int(state["round"]), default={})
-
-
-def _states(directory: Path, recipe: str) -> list[dict[str, Any]]:
-    found = [checkpoint.load(directory / f"state-{half}.pt") for half in (0, 1)]
-    return [state for state in found if state is not None and state.get("recipe") == recipe]
+        keep_state(kept, state, forgets=self._note)
 
 
 def _discreet(experiment: Experiment) -> bool:
@@ -438,59 +483,6 @@ def _steps(experiment: Experiment, cases: int) -> int:
 
 def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-
-
-class _Keeps(LocalRuntime):
-    """A runtime whose optimiser goes on where the site's last round left it."""
-
-    state: dict[str, Any] | None = None
-    optimizer: torch.optim.Optimizer | None = None
-
-    def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
-        """As the runtime's own."""
-
-        def make(module: nn.Module) -> torch.optim.Optimizer:
-            optimizer = make_optimizer(module)
-            if self.state is not None:
-                optimizer.load_state_dict(self.state)
-            self.optimizer = optimizer
-            return optimizer
-
-        return super().prepare(model, make, train_loader)
-
-
-class SiteRuntime(_Keeps):
-    """Plain training.
-
-    Args:
-        device: where.
-        mu: FedProx's; 0 for none.
-        optimizer: the optimiser's state after the last round; None begins anew.
-    """
-
-    def __init__(self, device: torch.device, *, mu: float, optimizer: dict[str, Any] | None) -> None:
-        super().__init__(device)
-        self._mu, self.state = mu, optimizer
-
-    def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, train_loader: Iterable[Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Iterable[Any]]:
-        """As the runtime's own, with FedProx's pull."""
-        model, optimizer, train_loader = super().prepare(model, make_optimizer, train_loader)
-        attach_proximal(optimizer, model, self._mu)
-        return model, optimizer, train_loader
-
-
-class PrivateSiteRuntime(_Keeps, PrivateRuntime):
-    """Training under differential privacy; see :class:`medray.privacy.runtime.PrivateRuntime`."""
-
-    def __init__(
-        self, plan: PrivacyPlan, config: PrivacyConfig, *, mu: float, optimizer: dict[str, Any] | None, **how: Any
-    ) -> None:
-        PrivateRuntime.__init__(self, plan, config, proximal_mu=mu, **how)
-        self.state = optimizer
 
 
 def opener(folders: tuple[SiteFolder, ...]) -> Callable[[int], SiteWorker]:

@@ -18,12 +18,14 @@ from medray.data.fingerprint import Fingerprint
 from medray.data.manifest import Manifest
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Parcel
-from medray.errors import ConfigError, PrivacyError
+from medray.errors import ConfigError, FederationError, PrivacyError
 from medray.privacy.policy import recipe_digest
-from medray.workflows.federation.rounds import FIGURES, Federated, Rounds
+from medray.workflows.federation.keeping import kept_state, run_folder
+from medray.workflows.federation.rounds import Federated, Rounds
+from medray.workflows.federation.said import FIGURES
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
 from medray.workflows.federation.simulate import prepare_sites, simulate_federation
-from medray.workflows.federation.site import SiteFolder, kept_state, opener
+from medray.workflows.federation.site import SiteFolder, opener
 from medray.workflows.prediction import predict_files
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import new_model
@@ -131,7 +133,8 @@ def test_fedbn_keeps_norms_and_named_heads_at_their_site(table: Path, tmp_path: 
         "head.weight",
         "head.bias",
     }
-    own = [kept_state(Path(folder.directory), recipe_digest(spec))["own"] for folder in folders]
+    kept = [run_folder(Path(folder.directory), recipe_digest(spec), result.run) for folder in folders]
+    own = [kept_state(folder)["own"] for folder in kept]
     assert not np.array_equal(own[0]["head.weight"].numpy(), own[1]["head.weight"].numpy())
 
 
@@ -161,7 +164,7 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
     # A question that was answered is answered alike; another one for the same round would be paid for again.
     site = folders[0].open()
     model = new_model(spec, recipe.manifest)
-    text = {"experiment": spec.model_dump(mode="json"), "round": 1}
+    text = {"experiment": spec.model_dump(mode="json"), "run": result.run, "round": 1}
     with pytest.raises(PrivacyError, match="answered before"):
         site("train", Parcel(text=text, arrays=arrays_of(model, shared_names(model, spec.federation))))
     other = tmp_path / "twice"
@@ -175,6 +178,34 @@ def test_private_sites_tell_no_figure_and_measured_normalisation_is_refused(tabl
     more = {"privacy__epsilon": "3", "privacy__delta": "1e-3"}
     with pytest.raises(PrivacyError, match=r"preprocess\.mean"):
         simulate_federation(None, overrides(table, **more), out=tmp_path / "refused")
+
+
+def test_a_simulation_may_plan_from_noised_sums_as_a_network_does(table: Path, tmp_path: Path) -> None:
+    sections = {"model": {"name": "linear"}, "federation": {"fingerprint_epsilon": 100.0}}
+    recipe, folders, _ = prepared(table, tmp_path, **sections)
+    assert recipe.fingerprint.patients == pytest.approx(ROWS / 2, abs=15) and not recipe.fingerprint.sites
+    assert all((Path(folder.directory) / "fingerprint.json").is_file() for folder in folders)
+    with pytest.raises(FederationError, match="exceeds the noise"):
+        prepared(table, tmp_path / "small", **{**sections, "federation": {"fingerprint_epsilon": 0.5}})
+
+
+def test_scaffold_brings_sites_that_pull_apart_together(table: Path, tmp_path: Path) -> None:
+    """With many steps a round, it comes nearer to what all data together would have than the mean alone does."""
+    weights = {}
+    for strategy, steps, count in (("fedavg", 1, 150), ("fedavg", 30, 5), ("scaffold", 30, 5)):
+        sections = {
+            "model": {"name": "linear"},
+            "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.0, "weight_decay": 0.05},
+            "schedule": {"name": "constant", "warmup": 0.0},
+            "train": {"batch_size": 200},
+            "federation": {"rounds": count, "local_steps": steps, "strategy": strategy, "quorum": 3},
+        }
+        recipe, folders, spec = prepared(table, tmp_path / f"{strategy}{steps}", **sections)
+        found = rounds(tmp_path / f"{strategy}{steps}", recipe, folders, spec)
+        weights[strategy, steps] = np.concatenate([value.ravel() for value in found.weights.values()])
+    goal = weights["fedavg", 1]  # one full step a round is gradient descent on all data together
+    apart, together = (float(np.linalg.norm(weights[s, 30] - goal)) for s in ("fedavg", "scaffold"))
+    assert together < 0.5 * apart
 
 
 def test_the_servers_sum_gives_the_model_that_the_updates_would_have(table: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from medray.errors import DataError, FederationError, PolicyError, PrivacyError
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
 from medray.workflows.federation.attending import Guard, _alone, harmonised
-from medray.workflows.federation.charging import Charges, open_ledger
+from medray.workflows.federation.charging import IDLE_SECONDS, Charges, open_ledger
 from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.site import SiteFolder
 
@@ -73,7 +73,7 @@ def guard(folder: Path, **changes: Any) -> Guard:
 
 def question(kind_round: int = 0, **experiment: Any) -> Parcel:
     asked = Experiment.model_validate({"data": "-", **experiment}).model_dump(mode="json")
-    return Parcel(text={"experiment": asked, "round": kind_round})
+    return Parcel(text={"experiment": asked, "run": "a" * 32, "round": kind_round})
 
 
 PRIVATE = {
@@ -171,12 +171,38 @@ def test_rounds_are_charged_before_they_begin_and_once(tmp_path: Path) -> None:
     assert [entry.reservation.history for entry in ledger.entries()] == [((2.0, 0.1, 30),), ((2.0, 0.1, 10),)]
 
 
-def test_what_a_run_left_undone_is_given_back(tmp_path: Path) -> None:
+def test_runs_at_once_are_each_reserved_once_and_in_full(tmp_path: Path) -> None:
     ledger = open_ledger(rules(tmp_path))
-    charges = Charges(ledger, tmp_path / "charged.json")
+    for _ in range(3):
+        for run in "ab":
+            Charges(ledger, tmp_path / "charged.json")(run * 64, PLAN, 10)
+    assert [(entry.reservation.run[0], entry.counted) for entry in ledger.entries()] == [
+        ("a", ((2.0, 0.1, 30),)),
+        ("b", ((2.0, 0.1, 30),)),
+    ]
+
+
+def test_what_a_silent_run_left_undone_is_given_back_and_reserved_anew_if_it_returns(tmp_path: Path) -> None:
+    ledger, now = open_ledger(rules(tmp_path)), [0.0]
+    charges = Charges(ledger, tmp_path / "charged.json", clock=lambda: now[0])
     charges("a" * 64, PLAN, 10)
-    charges("b" * 64, PLAN, 10)
-    assert [entry.counted for entry in ledger.entries()] == [((2.0, 0.1, 10),), ((2.0, 0.1, 30),)]
+    now[0] = IDLE_SECONDS - 1
+    charges("b" * 64, PLAN, 0)
+    assert charges.running("a" * 64) and charges.running("b" * 64)
+    now[0] = IDLE_SECONDS + 1
+    charges("c" * 64, PLAN, 10)
+    assert not charges.running("a" * 64) and charges.running("b" * 64)
+    assert [entry.counted for entry in ledger.entries()] == [((2.0, 0.1, n),) for n in (10, 30, 30)]
+    for _ in range(2):
+        charges("a" * 64, PLAN, 10)
+    charges("a" * 64, PLAN, 0)
+    mine = [entry.counted for entry in ledger.entries() if entry.reservation.run[0] == "a"]
+    assert mine == [((2.0, 0.1, 10),), ((2.0, 0.1, 20),)], "together what the plan has, and no more"
+    charges("a" * 64, PLAN, 10)  # a round again
+    assert ledger.entries()[-1].counted == ((2.0, 0.1, 10),) and len(ledger.entries()) == 5
+    now[0] = -1e9  # a clock that was set back gives back what was not begun, never what was
+    charges("d" * 64, PLAN, 10)
+    assert [entry.counted[0][2] for entry in ledger.entries()] == [10, 0, 10, 20, 10, 30]
 
 
 def test_the_ledger_has_the_last_word(tmp_path: Path) -> None:
@@ -207,10 +233,11 @@ def test_classes_are_brought_to_the_federations_words(tmp_path: Path) -> None:
 
 def test_a_settled_reservation_covers_no_further_steps(tmp_path: Path) -> None:
     """Run b closes run a and dies before it is written down: a's next round is charged anew, not ridden for free."""
-    ledger = open_ledger(rules(tmp_path))
-    charges = Charges(ledger, tmp_path / "charged.json")
+    ledger, now = open_ledger(rules(tmp_path)), [0.0]
+    charges = Charges(ledger, tmp_path / "charged.json", clock=lambda: now[0])
     charges("a" * 64, PLAN, 10)
     before = (tmp_path / "charged.json").read_text()
+    now[0] = 2 * IDLE_SECONDS
     charges("b" * 64, PLAN, 10)
     (tmp_path / "charged.json").write_text(before)
     charges("a" * 64, PLAN, 10)

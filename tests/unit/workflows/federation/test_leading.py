@@ -14,15 +14,6 @@ from medray.errors import FederationError
 from medray.workflows.federation import leading
 from medray.workflows.federation.leading import lead, run_federation
 
-LOCAL = ["federation.strategy=fedbn", "federation.local=[head.*]"]
-
-
-@pytest.mark.parametrize("override", LOCAL)
-def test_weights_that_stay_at_the_sites_are_refused_over_a_network(tmp_path: Path, override: str) -> None:
-    with pytest.raises(FederationError, match=r"keeps weights at the sites.*untrained.*federate simulate"):
-        run_federation(tmp_path / "f", None, [override], out=tmp_path / "run")
-    assert not (tmp_path / "run").exists(), "nothing is in the way of another attempt"
-
 
 def test_the_server_is_told_which_node_is_which_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
@@ -45,11 +36,6 @@ def test_the_server_is_told_which_node_is_which_site(tmp_path: Path, monkeypatch
     with pytest.raises(KeyError):
         lead(hub_of, given)
     assert asked == [{7: "kiel", 8: "jena"}]
-    # A run that was begun before, or by hand, is refused by the server, too.
-    (tmp_path / "run" / "asked.yaml").write_text("federation: {strategy: fedbn}\n", encoding="utf-8")
-    with pytest.raises(FederationError, match="fedbn keeps weights"):
-        lead(lambda _: None, given)  # type: ignore[arg-type,return-value]
-    assert "fedbn" in (tmp_path / "run" / "failed.txt").read_text(encoding="utf-8")
 
 
 def test_what_a_site_wrote_is_one_line_of_the_log(tmp_path: Path) -> None:

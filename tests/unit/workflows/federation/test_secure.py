@@ -23,12 +23,16 @@ from medray.privacy.secagg import identity
 from medray.privacy.secagg.identity import Signer
 from medray.privacy.secagg.site import STAGES
 from medray.workflows.federation import secure
+from medray.workflows.federation.keeping import RUNS
 from medray.workflows.federation.rounds import Federated, Rounds
 from medray.workflows.federation.sealing import Sealing
 
 GOAL = {"a": 1.0, "b": 3.0, "c": 5.0, "d": 7.0}
 """Where each site pulls the one weight."""
 CASES = {"a": 10, "b": 20, "c": 30, "d": 40}
+
+FREE = {"name": "sgd", "clip_norm": 0.0}
+"""A recipe that says nothing of how far an update may reach: these sites go as far as they like."""
 
 Bad = Callable[[Kind, Parcel, Parcel], Parcel | None]
 """Bends one site's answer: kind, question, answer to another."""
@@ -39,6 +43,7 @@ class SecureHub:
 
     def __init__(self, folder: Path, bad: Mapping[str, Bad] | None = None, *, scale: float = 1.0) -> None:
         self.folder, self.bad, self.scale = folder, dict(bad or {}), scale
+        self.hostile: tuple[str, int, float] | None = None  # a site that hands in so many times its update in a round
         self.notes: list[str] = []
         self.left: list[tuple[str, str, Parcel]] = []
         self.updates: list[dict[str, np.ndarray[Any, Any]]] = []
@@ -71,7 +76,10 @@ class SecureHub:
         w = parcel.arrays["w"]
         text: dict[str, Any] = {"metrics": {"val/error": float(abs(w[0] - 3.0))}, "judged": 4}
         if kind == "train":
-            update = {"w": (np.float32(self.scale) * (GOAL[name] - w) / 2).astype(np.float32)}
+            times = self.scale
+            if self.hostile is not None and (name, parcel.text["round"]) == self.hostile[:2]:
+                times *= self.hostile[2]
+            update = {"w": (np.float32(times) * (GOAL[name] - w) / 2).astype(np.float32)}
             if experiment.federation.secure_aggregation:
                 text["keys"] = sealing.begin(experiment, parcel, update, CASES[name])
                 return Parcel(text=text)
@@ -89,7 +97,9 @@ def made(directory: Path, hub: SecureHub, **options: Any) -> Rounds:
     rounds = Rounds(
         hub,
         directory,
-        Experiment.model_validate({"seed": federation.pop("seed", 0), "federation": federation}),
+        Experiment.model_validate(
+            {"seed": federation.pop("seed", 0), "optim": federation.pop("optim", FREE), "federation": federation}
+        ),
         start(),
         frozenset(),
         objective=("val/error", "min"),
@@ -123,6 +133,18 @@ def test_the_model_is_that_of_the_plain_federation(tmp_path: Path, strategy: str
     assert np.abs(plain.weights["w"] - secret.weights["w"]).max() < 1e-6
     assert [entry["summed"] for entry in secret.history] == [4] * 4
     assert all(row["state"] == "ok" and row["cases"] is None for e in secret.history for row in e["sites"].values())
+
+
+def test_a_hundredfold_update_spoils_a_first_round_and_moves_nothing(tmp_path: Path) -> None:
+    """The server, which sees the sum alone, holds that of a first round against what the recipe can reach."""
+    hub = SecureHub(tmp_path / "sites", scale=2e-4)  # entries move by up to .0012 in a round: one of Adam's steps
+    hub.hostile = ("d", 0, 500.0)
+    rounds = made(tmp_path / "run", hub, optim={"lr": 1e-3}, local_steps=1, rounds=3)
+    found = rounds.run(tuple(GOAL))
+    assert ["discarded" in entry for entry in found.history] == [True, False, False]
+    assert "as far as this recipe's optimiser" in found.history[0]["discarded"]
+    assert 0 < np.abs(found.weights["w"] - start()["w"]).max() < 3e-3
+    assert not any("max_norm is not set" in note for note in rounds.notes)  # type: ignore[attr-defined]
 
 
 def test_all_that_leaves_a_site_holds_no_update(tmp_path: Path) -> None:
@@ -402,11 +424,11 @@ def test_sites_that_were_sent_other_weights_sum_nothing(tmp_path: Path) -> None:
 
 
 def test_runs_at_once_do_not_meet_and_the_oldest_are_forgotten(tmp_path: Path) -> None:
-    experiments = [Experiment.model_validate({"seed": n, "federation": {"quorum": 3}}) for n in range(6)]
+    experiments = [Experiment.model_validate({"seed": n, "federation": {"quorum": 3}}) for n in range(RUNS + 2)]
     sealing, update = Sealing(tmp_path, "a"), {"w": np.ones(3, np.float32)}
 
     def asked(n: int) -> Parcel:
-        return Parcel(text={"experiment": experiments[n].model_dump(mode="json"), "round": 0, "run": f"{n}" * 32})
+        return Parcel(text={"experiment": experiments[n].model_dump(mode="json"), "round": 0, "run": f"{n:x}" * 32})
 
     def shares(n: int) -> None:
         sealing.answer(experiments[n], Parcel(text={**asked(n).text, "ask": "shares", "roster": {}}))
@@ -416,11 +438,11 @@ def test_runs_at_once_do_not_meet_and_the_oldest_are_forgotten(tmp_path: Path) -
     for n in range(2):
         with pytest.raises(FederationError, match="its own keys"):
             shares(n)
-    for n in range(2, 6):
+    for n in range(2, RUNS + 2):
         sealing.begin(experiments[n], asked(n), update, 7)
     with pytest.raises(FederationError, match="no keys of this run"):
         shares(0)
-    assert len(list((tmp_path / "sealed").iterdir())) == 4
+    assert len(list((tmp_path / "runs").iterdir())) == RUNS
     with pytest.raises(PrivacyError, match="was answered before"):  # whether its keys were used nobody knows any more
         sealing.permit(experiments[0], asked(0))
 

@@ -17,11 +17,14 @@ from medray.data.manifest import Manifest
 from medray.data.splits import make_splits
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Kind, Parcel
-from medray.errors import FederationError, PolicyError, PrivacyError
+from medray.errors import FederationError, PrivacyError, WithheldError
+from medray.learn.aggregation.mean import Weights
 from medray.privacy.accountant import PrivacyPlan
+from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation import site as sites
 from medray.workflows.federation.attending import Guard
+from medray.workflows.federation.keeping import RUNS, kept_state, run_folder
 from medray.workflows.federation.rounds import Rounds
 from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
@@ -71,9 +74,9 @@ def place(manifest: Manifest, folder: Path, name: str = "kiel") -> SiteFolder:
     return SiteFolder(name=name, directory=str(folder / "site"), cache=str(folder / "cache"))
 
 
-def ask(manifest: Manifest, experiment: Experiment, number: int = 0) -> Parcel:
+def ask(manifest: Manifest, experiment: Experiment, number: int = 0, run: str = "a") -> Parcel:
     model = new_model(experiment, manifest)
-    text = {"experiment": experiment.model_dump(mode="json"), "round": number}
+    text = {"experiment": experiment.model_dump(mode="json"), "run": run * 32, "round": number}
     return Parcel(text=text, arrays=arrays_of(model, shared_names(model, experiment.federation)))
 
 
@@ -125,12 +128,59 @@ def test_what_another_run_left_counts_for_nothing(table: Manifest, tmp_path: Pat
         seen.append([worker("train", ask(table, after, number)) for number in range(2)])
     for first, again in zip(seen[0], seen[1], strict=True):  # and a site that was started anew repeats its answers
         assert all(np.array_equal(value, again.arrays[name]) for name, value in first.arrays.items())
-    if privacy:
-        own = sites.kept_state(Path(used.folder.directory), "of another recipe")
-        assert own == {} and used._given(before, 0, "anything") is None
-    else:
+    if not privacy:  # else noise is drawn, and no two are alike
         for first, new in zip(seen[0], seen[2], strict=True):
             assert all(np.array_equal(value, new.arrays[name]) for name, value in first.arrays.items())
+
+
+def test_runs_at_once_do_not_meet(table: Manifest, tmp_path: Path) -> None:
+    """In turn, of two recipes and of one: each goes on with its own optimiser, as if the site had no other run."""
+    one = spec(optim={"name": "sgd", "momentum": 0.9}, federation={"compression": "topk", "top": 0.3})
+    other = spec(optim={"lr": 0.01}, federation={"local": ["head.bias"]})
+    runs = [(one, "a"), (one, "b"), (other, "a")]
+    busy = SiteWorker(place(table, tmp_path / "busy"))
+    seen: dict[int, list[Parcel]] = {0: [], 1: [], 2: []}
+    for number in range(3):
+        for k, (experiment, run) in enumerate(runs):
+            seen[k].append(busy("train", ask(table, experiment, number, run)))
+    for k, (experiment, run) in enumerate(runs):
+        alone = SiteWorker(place(table, tmp_path / f"alone{k}"))
+        for number, answer in enumerate(seen[k]):
+            wanted = alone("train", ask(table, experiment, number, run))
+            assert all(np.array_equal(value, wanted.arrays[name]) for name, value in answer.arrays.items()), (k, number)
+        again = SiteWorker(place(table, tmp_path / "busy"))("train", ask(table, experiment, 2, run))
+        assert again.arrays.keys() == seen[k][2].arrays.keys() and again.text == seen[k][2].text
+
+
+def test_the_runs_asked_for_last_are_kept_and_a_forgotten_one_begins_anew(table: Manifest, tmp_path: Path) -> None:
+    experiment, said = spec(optim={"name": "sgd", "momentum": 0.9}), []
+    worker = SiteWorker(place(table, tmp_path), note=said.append)
+    first = worker("train", ask(table, experiment, 0, "0"))
+    for run in range(1, RUNS):
+        worker("train", ask(table, experiment, 0, f"{run:x}"))
+    worker("train", ask(table, experiment, 1, "0"))  # asked for again: now run 1 is the one of longest ago
+    folders = {run: run_folder(worker.directory, recipe_digest(experiment), f"{run:x}" * 32) for run in range(RUNS)}
+    assert all(folder.is_dir() for folder in folders.values()) and not said
+    worker("train", ask(table, experiment, 0, "f"))
+    assert [run for run, folder in folders.items() if not folder.is_dir()] == [1]
+    assert len(said) == 1 and folders[1].name in said[0]
+    again = worker("train", ask(table, experiment, 0, "1"))
+    assert all(np.array_equal(value, first.arrays[name]) for name, value in again.arrays.items())
+
+
+def test_a_private_round_is_answered_once_in_a_run_and_paid_for_in_each(table: Manifest, tmp_path: Path) -> None:
+    experiment, charged = spec(privacy=PRIVATE), []
+    worker = SiteWorker(place(table, tmp_path), charge=lambda _, steps: charged.append(steps))
+    worker("train", ask(table, experiment, 0))
+    worker("train", ask(table, experiment, 0))  # the same question: the same answer
+    parcel = ask(table, experiment, 0)
+    other = Parcel(text=parcel.text, arrays={name: value + 1 for name, value in parcel.arrays.items()})
+    with pytest.raises(PrivacyError, match="round 1 was trained and answered before"):
+        worker("train", other)
+    worker("train", ask(table, experiment, 0, "b"))
+    assert [steps for steps in charged if steps] == [2, 2]
+    with pytest.raises(FederationError, match="names its run"):
+        worker("train", Parcel(text={**parcel.text, "run": "../../etc"}, arrays=parcel.arrays))
 
 
 def test_a_run_of_another_network_begins_anew(table: Manifest, tmp_path: Path) -> None:
@@ -177,8 +227,9 @@ def test_under_secure_aggregation_one_question_of_a_round_is_answered(table: Man
     for other in (asked(0, more=0.1), asked(0, run="b")):
         with pytest.raises(PrivacyError, match="round 1 in other words"):
             worker()("train", other)
-    for half in (0, 1):  # what was answered is lost, but nothing was told with the keys: it trains again
-        (tmp_path / "site" / f"state-{half}.pt").unlink(missing_ok=True)
+    # What was answered is lost, but nothing was told with the keys: it trains again.
+    kept = run_folder(tmp_path / "site", recipe_digest(experiment), "a" * 32)
+    (kept / "state-0.pt").unlink()
     again = worker()("train", asked(0)).text["keys"]
     assert again != first
     shares = {**asked(0).text, "ask": "shares", "roster": {"kiel": again}}
@@ -190,7 +241,7 @@ def test_under_secure_aggregation_one_question_of_a_round_is_answered(table: Man
         with pytest.raises(PrivacyError, match="round 3 of this recipe was answered before"):
             worker()("train", earlier)
     with pytest.raises(FederationError, match="names its run"):
-        worker()("train", ask(table, experiment, 2))
+        worker()("train", asked(2, run="zz"))
 
 
 def test_what_can_not_leave_is_not_paid_for_twice(table: Manifest, tmp_path: Path) -> None:
@@ -198,7 +249,6 @@ def test_what_can_not_leave_is_not_paid_for_twice(table: Manifest, tmp_path: Pat
     charged: list[int] = []
     federation = {"secure_aggregation": True, "quorum": 3, "max_norm": 1e-9}
     parcel = ask(table, spec(privacy=PRIVATE, federation=federation))
-    parcel = Parcel(text={**parcel.text, "run": "a" * 32}, arrays=parcel.arrays)
 
     def none() -> Signer:
         raise FederationError("node.crt: expired")
@@ -217,14 +267,72 @@ def test_what_can_not_leave_is_not_paid_for_twice(table: Manifest, tmp_path: Pat
     assert charged == [0, 2], "the second time it says the same, and trains nothing"
 
 
+@pytest.mark.parametrize("optim", [{"lr": 0.1}, {"name": "adam"}, {"name": "sgd", "lr": 0.5, "clip_norm": 1.0}])
+def test_a_site_that_nobody_can_check_keeps_back_a_first_update_that_no_recipe_makes(
+    table: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: dict[str, Any]
+) -> None:
+    """Real training passes; with a fault that makes a hundredfold of it, it does not."""
+    experiment = spec(optim=optim, federation={"secure_aggregation": True, "quorum": 3, "local_steps": 20})
+    assert "keys" in SiteWorker(place(table, tmp_path / "good"))("train", ask(table, experiment)).text
+
+    def blown(sent: Weights, *_: Any) -> tuple[Weights, Weights]:
+        for value in sent.values():
+            value *= 100
+        return sent, {}
+
+    monkeypatch.setattr(sites, "compress", blown)
+    with pytest.raises(KeptBackError, match="first round") as found:
+        SiteWorker(place(table, tmp_path / "bad"))("train", ask(table, experiment))
+    assert "as far as this recipe" in found.value.exactly
+
+
 def test_under_noise_at_the_server_and_under_masks_no_count_leaves(table: Manifest, tmp_path: Path) -> None:
     central = spec(federation={"privacy": {"epsilon": 5.0, "delta": 1e-3}})
     text = SiteWorker(place(table, tmp_path / "central"))("train", ask(table, central)).text
     assert text == {"metrics": {}, "judged": 0}
     parcel = ask(table, spec(federation={"secure_aggregation": True, "quorum": 3}))
-    asked = Parcel(text={**parcel.text, "run": "a" * 32}, arrays=parcel.arrays)
-    text = SiteWorker(place(table, tmp_path / "masked"))("train", asked).text
+    text = SiteWorker(place(table, tmp_path / "masked"))("train", parcel).text
     assert text.keys() == {"metrics", "judged", "loss", "keys"}
+
+
+def test_scaffold_corrects_each_step_and_its_controls_meet_at_the_server(table: Manifest, tmp_path: Path) -> None:
+    plain = {
+        "optim": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
+        "schedule": {"name": "constant", "warmup": 0.0},
+    }
+    how = {"strategy": "scaffold", "local_steps": 1}
+    experiment, without = spec(**plain, federation=how), spec(**plain, federation={"local_steps": 1})
+    parcel = ask(table, experiment)
+    c = {name: np.full_like(value, 0.5) for name, value in parcel.arrays.items()}
+    asked = Parcel(
+        text=parcel.text, arrays={**parcel.arrays, **{f"control/{name}": value for name, value in c.items()}}
+    )
+    bare = SiteWorker(place(table, tmp_path / "bare"))("train", ask(table, without)).arrays
+    corrected = SiteWorker(place(table, tmp_path / "corrected"))("train", asked).arrays
+    for name, value in bare.items():  # its own control variate is 0 in a first round
+        assert np.allclose(corrected[name], value - 0.1 * c[name], atol=1e-6)
+    with pytest.raises(FederationError, match="don't fit"):
+        SiteWorker(place(table, tmp_path / "none"))("train", parcel)
+    # Two sites alike in size: after any round the server's is the mean of the sites' own.
+    folders = tuple(place(table, tmp_path / name, name) for name in ("jena", "kiel"))
+    model = new_model(experiment, table)
+    start = arrays_of(model, shared_names(model, experiment.federation))
+    made = Rounds(
+        in_process(sites.opener(folders), 2),
+        tmp_path / "run",
+        experiment,
+        start,
+        frozenset(),
+        objective=("val/auc", "max"),
+    )
+    made.run(("jena", "kiel"))
+    own = [
+        kept_state(run_folder(Path(folder.directory), recipe_digest(experiment), made._name))["control"]
+        for folder in folders
+    ]
+    for name, value in made.aggregator.control(made.weights).items():
+        assert np.abs(value).max() > 1e-3
+        assert np.allclose(value, np.mean([one[name].numpy() for one in own], axis=0), atol=1e-5)
 
 
 def test_too_few_patients_neither_train_nor_validate(
@@ -241,5 +349,6 @@ def test_too_few_patients_neither_train_nor_validate(
         assert answer.text["judged"] == judged and bool(answer.text["metrics"]) == bool(judged)
     SiteWorker(place(table, tmp_path), fewest=train)("train", ask(table, experiment))
     monkeypatch.setattr(sites.PreparedStore, "open_or_build", lambda *_: 1 / 0)
-    with pytest.raises(PolicyError, match=f"{train} patients would train, fewer than fewest={train + 1}"):
+    with pytest.raises(WithheldError, match=f"patients that would train are fewer than fewest={train + 1}") as told:
         SiteWorker(place(table, tmp_path / "new"), fewest=train + 1)("train", ask(table, experiment))
+    assert f"{train} patients" in told.value.exactly and f"{train} patients" not in str(told.value)
