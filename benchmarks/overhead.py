@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,9 +116,11 @@ def _tune(setting: Setting, recipe: Recipe, epochs: int, work: Path, name: str, 
         "search_share": 0.9,
         "concurrency": at_once,
     }
+    # A study plans for the seconds that its trials have, and might take another network: all is given.
+    planned = recipe.experiment().model_dump(mode="json")
     document = {
-        **recipe.explicit,
-        "train": _fixed(recipe, epochs),
+        **{section: planned[section] for section in (*recipe.explicit, "model", "loss", "optim", "preprocess")},
+        "train": planned["train"] | _fixed(recipe, epochs),
         "defaults": ["_self_"],
         "data": setting.source,
         "study": study,
@@ -141,6 +143,7 @@ def _tune(setting: Setting, recipe: Recipe, epochs: int, work: Path, name: str, 
         finally:
             _interrupt(process)
     _check_completed(folder, setting.trials)
+    _check_alike(folder, json.loads((work / "setup.json").read_text(encoding="utf-8")), epochs)
     return wall
 
 
@@ -167,6 +170,18 @@ def _check_completed(folder: Path, trials: int) -> None:
     states = [row.state for row in read_trials(folder).values()]
     if states != ["COMPLETE"] * trials:
         raise RuntimeError(f"the trials of {folder.name} are {states}, not {trials} completed ones: nothing to compare")
+
+
+def _check_alike(folder: Path, setup: Mapping[str, Any], epochs: int) -> None:
+    """Each trial trained the bare loop's network for as many steps."""
+    import yaml
+
+    for trial in sorted((folder / "trials").iterdir()):
+        model = yaml.safe_load((trial / "experiment.yaml").read_text(encoding="utf-8"))["model"]
+        steps = json.loads((trial / "result.json").read_text(encoding="utf-8"))["steps"]
+        wanted = epochs * setup["steps_per_epoch"]
+        if model != setup["model"] or steps != wanted:
+            raise RuntimeError(f"{trial.name}: {model}, {steps} steps; bare: {setup['model']}, {wanted} steps")
 
 
 # Bare ----------------------------------------------------------------------------------------------------------------

@@ -188,7 +188,8 @@ class Task:
 
     def measure(self, metric: str, *arrays: Array) -> float:
         """One metric of N cases, of (targets, probabilities); of masks, of (N, K - 1) Dice by class."""
-        return self.measures(*arrays)[metric]
+        targets, probabilities = arrays
+        return self.measures(targets, probabilities)[metric]
 
     def correct(self, targets: Array, probabilities: Array) -> Array:
         """(N,) from 0 to 1: how much of each case is decided rightly."""

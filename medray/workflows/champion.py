@@ -128,7 +128,8 @@ class Scores:
             if self.hd95 is not None:
                 found["hd95"] = bootstrap(self.hd95, _nanmean, groups=self.groups)
             return found
-        names = self.task.measures(*self.arrays)
+        targets, probabilities = self.arrays
+        names = self.task.measures(targets, probabilities)
         return {
             name: bootstrap(self.arrays, partial(self.task.measure, name), groups=self.groups, n=500) for name in names
         }

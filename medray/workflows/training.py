@@ -409,10 +409,10 @@ def train_experiment(
 def _train_composed(composed: Composed, out: Path, address: str | None, notify: Sitting, mirror: Mirror) -> Trained:
     started = time.monotonic()
     source = str(composed.explicit.get("data") or Experiment().data)
-    task = str((composed.explicit.get("task") or {}).get("kind", "auto"))
     if not (out / "fingerprint.json").exists():
         notify(StudyEvent(kind="stage", text=f"checking {source}"))
-        prepare_directory(source, out, task=task, split=composed.explicit.get("split"))
+        asked = str((composed.explicit.get("task") or {}).get("kind", "auto"))
+        prepare_directory(source, out, task=asked, split=composed.explicit.get("split"))
     recipe = Recipe(directory=str(out), explicit=composed.explicit, cache=str(default_cache()))
     experiment = recipe.experiment()
     if experiment.train.budget is not None:
