@@ -127,7 +127,7 @@ class ServeConfig(Section):
     state: str = Field("runs/serve", description="folder of the audit trail, kept answers and metrics; private")
     models: dict[Name, ModelEntry] = Field(min_length=1, max_length=256)
     default: str | None = Field(None, description="the model of requests that name none; null: the only one")
-    fast_proxy: bool = Field(True, description="HAProxy in front, where Ray has it; off with a certificate")
+    fast_proxy: bool = Field(True, description="HAProxy in front, where Ray has it; off with a certificate or least=0")
     kept_answers: Duration = Field(600.0, description="for how long an Idempotency-Key gets the same answer again")
     limits: LimitsConfig = LimitsConfig()
     batching: BatchingConfig = BatchingConfig()

@@ -73,7 +73,8 @@ def serving(config: ServeConfig, path: Path | None, *, address: str | None = Non
         ) from None
     variables = dict(_QUICK)
     secure = config.security.certificate is not None
-    if address is None and config.fast_proxy and not secure:
+    # Where there is no replica Ray's HAProxy answers 404; its own proxy has the request wait for one.
+    if address is None and config.fast_proxy and not secure and config.replicas.least:
         variables |= haproxy.variables(config, state)
     try:
         with _set(variables), ray_session(address=address, cpus=usable_cpus() if address is None else None):
@@ -109,7 +110,9 @@ def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *,
         raise ServingError(f"the server did not come up: {reason}") from error
     try:
         with contextlib.ExitStack() as doors:
-            also = {} if config.grpc_port is None else {"grpc": doors.enter_context(grpc_door.opened(config))}
+            also: dict[str, Any] = {}
+            if config.grpc_port is not None:
+                also["grpc"] = doors.enter_context(grpc_door.opened(config))
             logs.event("serving", url=url, models=list(config.models), **also)
             yield url
     finally:
