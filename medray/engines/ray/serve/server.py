@@ -73,8 +73,7 @@ def serving(config: ServeConfig, path: Path | None, *, address: str | None = Non
         ) from None
     variables = dict(_QUICK)
     secure = config.security.certificate is not None
-    # Where there is no replica Ray's HAProxy answers 404; its own proxy has the request wait for one.
-    if address is None and config.fast_proxy and not secure and config.replicas.least:
+    if address is None and config.fast_proxy and not secure:
         variables |= haproxy.variables(config, state)
     try:
         with _set(variables), ray_session(address=address, cpus=usable_cpus() if address is None else None):
