@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class Rounded(nn.Module):
         self._measure(first, given)
         self.eval()
 
-    def train(self, mode: bool = True) -> Rounded:
+    def train(self, mode: bool = True) -> Self:
         """As of any module; batch norms keep their statistics."""
         super().train(mode)
         for module in self.network.modules():

@@ -29,6 +29,8 @@ class Masked(nn.Module):
         keep: of the weight's shape, 1 where it lives.
     """
 
+    keep: Tensor
+
     def __init__(self, keep: Tensor) -> None:
         super().__init__()
         self.register_buffer("keep", keep)

@@ -77,9 +77,9 @@ class BatchingConfig(Section):
 
 
 class ReplicasConfig(Section):
-    """Processes that answer. They come and go with the load, between ``least`` and ``most``."""
+    """Processes that answer. Those beyond ``least`` come and go with the load."""
 
-    least: int = Field(1, ge=0, le=1024, description="0: none where nobody asks; the next request waits for a start")
+    least: int = Field(1, ge=1, le=1024)
     most: int = Field(1, ge=1, le=1024)
     cpus: int | None = Field(None, ge=1, le=1024, description="of each, and its threads; null: an equal part of all")
     load: float = Field(
@@ -87,7 +87,6 @@ class ReplicasConfig(Section):
     )
     up_seconds: Duration = Field(1.0, description="of such load, before another replica is started")
     down_seconds: Duration = Field(60.0, description="of less load, before one is stopped")
-    idle_seconds: Duration = Field(600.0, description="without any load, before the last is stopped; with least=0")
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasConfig:

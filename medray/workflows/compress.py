@@ -222,7 +222,8 @@ def _settle(tried: Sequence[tuple[Step, State | None]]) -> tuple[list[Step], Sta
     Returns:
         The steps, each way after the first with how it compares to that one; and what is kept, None for nothing.
     """
-    (one, first), steps = tried[0], []
+    one, first = tried[0]
+    steps: list[Step] = []
     for step, state in tried:
         compared = ""
         if state is not first and state is not None and first is not None:

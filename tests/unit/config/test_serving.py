@@ -30,7 +30,7 @@ def test_defaults_are_loopback_and_the_only_model() -> None:
         ({"prot": 1}, "prot"),
         ({"limits": {"body": 1}}, "limits.body"),
         ({"replicas": {"least": 3, "most": 2}}, "least=3"),
-        ({"replicas": {"least": 0, "most": 0}}, "replicas.most"),
+        ({"replicas": {"least": 0}}, "replicas.least"),
         ({"grpc_port": 8000}, "port of HTTP"),
         ({"host": "0.0.0.0"}, "medray keys add"),
         ({"host": "::"}, "medray keys add"),

@@ -127,7 +127,8 @@ class _Door:
     def __init__(self, config: ServeConfig) -> None:
         self._limits = config.limits
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-        self._place, self._tls = (host, config.port), None
+        self._place = (host, config.port)
+        self._tls: ssl.SSLContext | None = None
         if config.security.certificate is not None:
             self._tls = ssl.create_default_context(cafile=config.security.certificate)
             self._tls.check_hostname = False  # it is our own server, known by the very certificate
@@ -244,7 +245,7 @@ class _Door:
 
     def _ask(
         self, method: str, path: str, key: str | None, body: bytes | None = None, more: Mapping[str, str] | None = None
-    ) -> tuple[Mapping[str, str], bytes]:
+    ) -> tuple[http.client.HTTPMessage, bytes]:
         """What the HTTP server answers.
 
         Raises:

@@ -162,13 +162,10 @@ def application(
             "autoscaling_config": {
                 "policy": {"policy_function": scaling.POLICY},
                 "min_replicas": replicas.least,
-                # The first comes up with the server, which so finds out whether its bundles can be served.
-                "initial_replicas": max(1, replicas.least),
                 "max_replicas": replicas.most,
                 "target_ongoing_requests": replicas.load,
                 "upscale_delay_s": replicas.up_seconds,
                 "downscale_delay_s": replicas.down_seconds,
-                "downscale_to_zero_delay_s": replicas.idle_seconds,
                 "look_back_period_s": max(1.0, min(10.0, replicas.up_seconds)),
                 "metrics_interval_s": 0.5,
             }

@@ -13,8 +13,7 @@ JOBS = "jobs"
 def by_load(context: Any) -> tuple[float, dict[str, Any]]:
     """Replicas that are needed by requests under way and by jobs, of which Ray knows nothing by itself.
 
-    Bounds, and how long the load must last, are applied by Ray to what this gives; so is the first replica's start
-    where there is none.
+    Bounds, and how long the load must last, are applied by Ray to what this gives.
 
     Args:
         context: Ray Serve's ``AutoscalingContext``.
@@ -22,7 +21,7 @@ def by_load(context: Any) -> tuple[float, dict[str, Any]]:
     Returns:
         How many, a fraction; and nothing to be remembered.
     """
-    if context.current_num_replicas == 0:
+    if context.current_num_replicas == 0:  # the first are just starting
         return context.target_num_replicas, {}
     jobs = sum((context.aggregated_metrics or {}).get(JOBS, {}).values())
     return (context.total_num_requests + jobs) / context.config.get_target_ongoing_requests(), {}

@@ -109,7 +109,9 @@ def _run(config: ServeConfig, path: Path | None, environment: dict[str, str], *,
         raise ServingError(f"the server did not come up: {reason}") from error
     try:
         with contextlib.ExitStack() as doors:
-            also = {} if config.grpc_port is None else {"grpc": doors.enter_context(grpc_door.opened(config))}
+            also: dict[str, Any] = {}
+            if config.grpc_port is not None:
+                also["grpc"] = doors.enter_context(grpc_door.opened(config))
             logs.event("serving", url=url, models=list(config.models), **also)
             yield url
     finally:

@@ -48,8 +48,8 @@ def settled(config: Any, replicas: int, **load: Any) -> int:
 @pytest.fixture
 def eager(tmp_path: Path) -> Any:
     """The deployment's own autoscaling, without its delays."""
-    found = deployed(tmp_path, least=0, most=8, load=4).autoscaling_config
-    none = dict.fromkeys(("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"), 0.0)
+    found = deployed(tmp_path, least=1, most=8, load=4).autoscaling_config
+    none = dict.fromkeys(("upscale_delay_s", "downscale_delay_s"), 0.0)
     return found.model_copy(update=none)
 
 
@@ -62,24 +62,22 @@ def eager(tmp_path: Path) -> Any:
         (2, {"jobs": (9.0, 3.0)}, 3),
         (2, {"jobs": (1.0, 0.0)}, 1),
         (1, {"jobs": (1.0,)}, 1),
-        (1, {"jobs": (0.0,)}, 0),
-        (1, {}, 0),
+        (2, {"jobs": (5.0, 0.0)}, 2),
         (2, {}, 1),
         (0, {}, 0),
-        (0, {"requests": 1.0}, 1),
     ],
 )
-def test_requests_and_jobs_are_load_and_none_is_none(eager: Any, replicas: int, load: Any, wanted: int) -> None:
+def test_requests_and_jobs_are_load(eager: Any, replicas: int, load: Any, wanted: int) -> None:
     assert settled(eager, replicas, **load) == wanted
 
 
 def test_what_the_file_says_is_what_ray_is_told(tmp_path: Path) -> None:
     fixed = deployed(tmp_path, least=2, most=2)
     assert fixed.autoscaling_config is None and fixed.num_replicas == 2
-    found = deployed(tmp_path, least=0, most=3, load=5, down_seconds=7, idle_seconds=90).autoscaling_config
-    assert (found.min_replicas, found.initial_replicas, found.max_replicas) == (0, 1, 3)
-    assert (found.downscale_delay_s, found.downscale_to_zero_delay_s, found.target_ongoing_requests) == (7, 90, 5)
-    assert deployed(tmp_path, least=2, most=3).autoscaling_config.initial_replicas == 2
+    found = deployed(tmp_path, least=1, most=3, load=5, down_seconds=7).autoscaling_config
+    assert (found.min_replicas, found.max_replicas) == (1, 3)
+    assert (found.downscale_delay_s, found.target_ongoing_requests) == (7, 5)
+    assert found.policy.get_policy().__name__ == "by_load"
 
 
 def test_the_controller_imports_no_more_than_the_rule() -> None:
