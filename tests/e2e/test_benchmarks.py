@@ -26,22 +26,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 ELSEWHERE = {"crash", "faults"}
 """A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
 
-
-LONG = {
-    *("ablation", "baseline", "budget", "checkpointing", "compress", "constraints", "ddp", "drive", "fed_heart"),
-    *(
-        "fed_speed",
-        "hostile_http",
-        "int8",
-        "loader",
-        "multi_objective",
-        "nas",
-        "overhead",
-        "replay",
-        "runtimes",
-        "serve",
-    ),
-}
+LONG = set(
+    "ablation baseline budget checkpointing compress constraints ddp drive fed_heart fed_speed hostile_http int8 loader "
+    "multi_objective nas overhead replay runtimes serve".split()
+)
 """What they measure is tested elsewhere in seconds: by the workflows' own tests, and in integration/."""
 
 
