@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import Result, names
+from benchmarks.common import Result
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,17 +23,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "MEDRAY_BENCH_RUNS": str(tmp_path_factory.mktemp("runs"))}
 
 
-ELSEWHERE = {"crash", "faults"}
-"""A kill at its quick size is what tests/integration/ray/test_crash.py and test_train_together.py do."""
-
-LONG = set(
-    "ablation baseline budget checkpointing compress constraints ddp drive fed_heart fed_speed hostile_http int8 loader "
-    "multi_objective nas overhead replay runtimes serve".split()
-)
-"""What they measure is tested elsewhere in seconds: by the workflows' own tests, and in integration/."""
+HERE = ("bad_input", "hippocampus", "medmnist", "step")
+"""What the others measure is tested elsewhere in seconds: by the workflows' own tests, and in integration/."""
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in ELSEWHERE | LONG])
+@pytest.mark.parametrize("name", HERE)
 def test_quick(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, env=environment)
