@@ -55,6 +55,7 @@ from medray.workflows.training import new_model
 
 __all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
 
+NEVER = "a run is over that this site trained in no round of: it has no weights of its own, and no model"
 _NOTHING = ("val/none", "max")
 
 
@@ -230,8 +231,11 @@ class SiteWorker:
         own = self._models is not None and place_of(parcel)[1] >= experiment.federation.rounds
         if _discreet(experiment) and not (own and keeps_own(experiment.federation)):
             return {"metrics": {}, "judged": 0}
-        bench = self._set_up(experiment)
         state = kept_state(self._kept(experiment, parcel))
+        if _discreet(experiment) and not state:
+            self._note(NEVER)
+            return {"metrics": {}, "judged": 0}
+        bench = self._set_up(experiment, pays=False)
         self._load(bench, parcel, state)
         judged = self._judge(bench)
         if own and self._models is not None and own_names(bench.model, bench.shared):
@@ -240,9 +244,7 @@ class SiteWorker:
 
     def _write_own(self, bench: _Bench, directory: Path, *, trained: bool) -> None:
         if not trained:
-            self._note(
-                "a run is over that this site trained in no round of: it has no weights of its own, and no model"
-            )
+            self._note(NEVER)
             return
         with torch.no_grad():
             said = write_own(
@@ -336,8 +338,13 @@ class SiteWorker:
                 "same version?"
             ) from None
 
-    def _set_up(self, asked: Experiment) -> _Bench:
-        """What the run needs. Whether it may be had at all is settled before any image is read."""
+    def _set_up(self, asked: Experiment, *, pays: bool = True) -> _Bench:
+        """What the run needs. Whether it may be had at all is settled before any image is read.
+
+        Args:
+            asked: by the server.
+            pays: for training; a look at weights that were trained before costs nothing.
+        """
         experiment = local_experiment(asked)
         if self._bench is not None and self._bench.experiment == experiment:
             return self._bench
@@ -352,7 +359,7 @@ class SiteWorker:
             )
         steps = _steps(experiment, len(splits.train))
         plan = self._plan(experiment, splits, steps)
-        if plan is not None and self._charge is not None:
+        if plan is not None and self._charge is not None and pays:
             self._charge(plan, 0)
         store = PreparedStore.open_or_build(manifest, experiment.preprocess, Path(self.folder.cache))
         device = resolve_device(experiment.device)
