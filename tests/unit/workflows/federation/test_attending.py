@@ -302,9 +302,9 @@ def test_a_year_that_is_used_up_refuses_training_and_no_last_look(tmp_path: Path
     """What exactly was spent stands in the site's own log alone."""
     site = guard(tmp_path)
     other = {**PRIVATE, "privacy": {"epsilon": 3.0, "delta": 1e-5}}
-    site._charges("b" * 64 + "/other", replace(PLAN, noise_multiplier=0.6), 30)
+    site._charges("b" * 64 + "/other", PLAN, 30)
     spent = site.ledger.spent(this_year=True).epsilon
-    tight = guard(tmp_path, privacy={"epsilon_per_run": 3.0, "epsilon_per_year": spent + 1.0, "epsilon_ever": 99.0})
+    tight = guard(tmp_path, privacy={"epsilon_per_run": 3.0, "epsilon_per_year": 3.0})
     with pytest.raises(PolicyError, match="on top of what was spent") as refused:
         tight("train", question(**other))
     assert f"{spent:.3g}" not in str(refused.value)

@@ -20,7 +20,7 @@ from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Hub, Kind, Parcel
-from medray.errors import FederationError, UnreadableError
+from medray.errors import DataError, FederationError
 from medray.privacy.credentials import issue_node, new_authority
 from medray.workflows.federation import leading
 from medray.workflows.federation import surveying as surveys
@@ -214,10 +214,10 @@ def test_a_file_that_can_not_be_read_costs_nothing(
     network = Network(data, tmp_path)
 
     def broken(*_: Any) -> None:
-        raise UnreadableError("case 7")
+        raise DataError("case 7")
 
     monkeypatch.setattr(surveys, "sums_of", broken)
-    with pytest.raises(FederationError, match="UnreadableError"):
+    with pytest.raises(FederationError, match="DataError while it worked"):
         network.survey(fingerprint_epsilon=1.0)
     assert not any(guard.ledger.entries() for guard in network.guards)
 
