@@ -297,7 +297,7 @@ def _added(answers: Mapping[str, Parcel], size: int, refused: list[str]) -> tupl
         if sums is None or sums.dtype != np.float64 or sums.shape != total.shape or not np.isfinite(sums).all():
             refused.append(f"{name}: its sums aren't {size} finite numbers")
             continue
-        total, variance, count = total + sums, variance + (_std(answer) or 0.0) ** 2, count + 1
+        total, variance, count = total + sums.astype(np.float64), variance + (_std(answer) or 0.0) ** 2, count + 1
     return total, math.sqrt(variance), count
 
 
@@ -328,8 +328,9 @@ def _opened(
 def _std(answer: Parcel) -> float | None:
     """Of a site's noise, as it says."""
     value = answer.text.get("std")
-    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
-    return float(value) if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e12:
+        return None
+    return float(value)
 
 
 def _too_few(count: int, quorum: int, refused: list[str]) -> FederationError:
