@@ -265,6 +265,10 @@ def test_a_run_plans_from_the_sum_and_says_so(
     explicit = {"device": "cpu", "model": {"name": "linear"}, "federation": {**SECURE, "rounds": 1}}
     (run / "asked.yaml").write_text(yaml.safe_dump(explicit), encoding="utf-8")
     (tmp_path / "ca.crt").write_bytes(network.authority.certificate)
+    network.away = {("kiel", "sums")}
+    with pytest.raises(FederationError, match="2 of 3 sites"):
+        _lead(network.hub(), run, time.monotonic(), tmp_path / "ca.crt")
+    network.away = set()  # and goes on, with what the two others have answered to
     _lead(network.hub(), run, time.monotonic(), tmp_path / "ca.crt")
     near(Fingerprint.load(run / "fingerprint.json"), measure(data["all"]))
     assert "made from exact sums over 3 sites" in (run / "report.html").read_text(encoding="utf-8").replace(
