@@ -152,8 +152,8 @@ class FederationConfig(Section):
         other = "compression" if self.compression != "none" else "secure_aggregation" if self.secure_aggregation else ""
         if self.privacy.on or other:
             raise ValueError(
-                f"federation.strategy=scaffold with federation.{other or 'privacy.epsilon'}: server and site would "
-                "tell control variates from different updates, or the server from none. Choose fedavg or fedprox"
+                f"federation.strategy=scaffold with federation.{other or 'privacy.epsilon'}: the server tells control "
+                "variates from each site's whole update, which it wouldn't have. Choose fedavg or fedprox"
             )
 
     def _possible_unseen(self) -> None:

@@ -93,6 +93,9 @@ class SiteAllows(Section):
     strategies: tuple[str, ...] = ()
     rounds: int = Field(1000, ge=1, description="the most rounds of a run")
     local_epochs: int = Field(10, ge=1, description="the most passes over the data in one round")
+    local_steps: int = Field(
+        10_000, ge=1, description="the most optimiser steps in one round, where a run counts by federation.local_steps"
+    )
     hours: str | None = Field(None, description="local time in which work may begin, such as 19:00-06:00; null: always")
 
     @field_validator("hours")

@@ -21,7 +21,8 @@ from medray.data.sweep import Progress, sweep
 from medray.errors import DataError
 from medray.tasks.catalogue import TaskKind, find_task
 
-_SAMPLES_A_CASE = 20_000
+SAMPLES_A_CASE = 20_000
+"""Values of each channel that are looked at in a case, at the most."""
 _SAMPLES = 4_000_000
 _CHUNK = 1 << 20
 _PERCENTILES = (0.5, 50.0, 99.5)
@@ -111,16 +112,13 @@ def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerpr
     if not cases:
         raise DataError(f"{manifest.source}: no cases outside of the test split. Put some into train")
     root = Path(manifest.root)
-    budget = sample_budget(len(cases))
-    numbered = list(enumerate(cases))
+    budget = max(100, min(SAMPLES_A_CASE, _SAMPLES // len(cases)))
     found = list(
-        sweep(
-            lambda item: measure_case(manifest, *item, root, budget), numbered, progress, name=lambda item: item[1].id
-        )
+        sweep(lambda case: measure_case(manifest, case, root, budget), cases, progress, name=lambda case: case.id)
     )
     # Masks may be empty all over; then the whole images have to do.
     if not any(one.sums[:, 0].any() for one in found):
-        found = list(sweep(lambda item: measure_case(manifest, *item, root, budget, whole=True), numbered))
+        found = list(sweep(lambda case: measure_case(manifest, case, root, budget, whole=True), cases))
     shapes = np.array([one.shape for one in found])
     known = [one.spacing for one in found if one.spacing is not None]
     spacings = np.array(known) if known else None
@@ -152,22 +150,14 @@ def measure(manifest: Manifest, *, progress: Progress | None = None) -> Fingerpr
     )
 
 
-def sample_budget(cases: int) -> int:
-    """Values of each channel that are looked at in a case, of so many."""
-    return max(100, min(_SAMPLES_A_CASE, _SAMPLES // cases))
-
-
-def measure_case(
-    manifest: Manifest, number: int, case: Case, root: Path, budget: int, *, whole: bool = False
-) -> Measured:
-    """Measure one case.
+def measure_case(manifest: Manifest, case: Case, root: Path, budget: int, *, whole: bool = False) -> Measured:
+    """Measure one case; of the same case, among whatever others, it is the same.
 
     Args:
         manifest: of it and others, which it has to be like.
-        number: that draws its sample.
         case: which.
         root: of its paths.
-        budget: of :func:`sample_budget`.
+        budget: values of each channel that the sample has at the most.
         whole: take all voxels, not the foreground's alone.
 
     Raises:
@@ -210,10 +200,11 @@ def measure_case(
             exact[lacking] = 0
         sums[:, 1] += exact.sum(1)
         sums[:, 2] += (exact**2).sum(1)
-    # Bounded per case, as in nnU-Net: large cases shall not drown the small ones, nor fill the memory.
-    rng = np.random.default_rng([number, values.shape[1]])
+    # Bounded per case, as in nnU-Net: large cases shall not drown the small ones, nor fill the memory. Drawn by what
+    # the case itself holds: by its place, a patient more would change what is seen of all others.
     sample = values
     if values.shape[1] > budget:
+        rng = np.random.default_rng(np.frombuffer(state.digest(), np.uint32))
         sample = values[:, np.sort(rng.choice(values.shape[1], budget, replace=False, shuffle=False))]
     return Measured(image.shape, image.spacing, array.size * 4, sums, np.array(sample), voxels, state.digest())
 

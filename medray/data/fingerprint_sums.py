@@ -8,6 +8,7 @@ images hold: together at most the square root of the number of blocks.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from medray.data.fingerprint import ChannelStats, Fingerprint, Measured, measure_case, sample_budget
+from medray.data.fingerprint import SAMPLES_A_CASE, ChannelStats, Fingerprint, Measured, measure_case
 from medray.data.image import Modality
-from medray.data.manifest import Case, Manifest, TaskKind
+from medray.data.manifest import Case, Manifest
 from medray.data.sweep import sweep
 from medray.errors import DataError, FederationError
+from medray.tasks.catalogue import TaskKind, find_task
 
 __all__ = ["Bins", "Layout", "Schema", "fingerprint_of", "sums_of"]
 
@@ -48,6 +50,15 @@ class Schema(BaseModel):
     def of(cls, manifest: Manifest) -> Schema:
         """Of a site's data."""
         return cls.model_validate({name: getattr(manifest, name) for name in cls.model_fields})
+
+    def fits(self, other: Schema) -> bool:
+        """Whether both are the same but for the modality, of which one site's files may say more than another's."""
+        return self == other.model_copy(update={"modality": self.modality})
+
+    def digest(self) -> str:
+        """SHA-256 of what sites have to agree in; the modality is none of it."""
+        content = self.model_dump(mode="json", exclude={"modality"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,7 @@ class Layout:
         found |= {f"spacing {axis}": self.spacing.size for axis in range(schema.ndim)}
         found |= {f"intensity {channel}": self.intensity.size for channel in range(schema.channels)}
         found["shows"] = len(schema.classes)
-        if schema.task == "segmentation":
+        if find_task(schema.task).dense:
             found["share"] = len(schema.classes)
         return found
 
@@ -151,7 +162,7 @@ class Layout:
 
     def shown(self) -> float:
         """By what flags of classes are divided, so that all together have norm 1 at most."""
-        return 1.0 if self.schema.task == "classification" else math.sqrt(len(self.schema.classes))
+        return 1.0 if find_task(self.schema.task).target == "class" else math.sqrt(len(self.schema.classes))
 
 
 def sums_of(manifest: Manifest, layout: Layout) -> Row:
@@ -164,7 +175,7 @@ def sums_of(manifest: Manifest, layout: Layout) -> Row:
         UnreadableError: a case can't be read.
         DataError: no case is left.
     """
-    if Schema.of(manifest) != layout.schema:
+    if not layout.schema.fits(Schema.of(manifest)):
         raise FederationError("the data have another task, other axes, channels, classes or columns than all others")
     cases = [case for case in manifest.cases if case.split != "test"]
     if not cases:
@@ -183,18 +194,19 @@ def sums_of(manifest: Manifest, layout: Layout) -> Row:
 
 
 def _rows(manifest: Manifest, cases: list[Case], layout: Layout) -> Iterator[Row]:
-    root, budget = Path(manifest.root), sample_budget(len(cases))
+    """What each case adds: told by that case alone, never by how many others there are, nor by where it stands."""
+    root = Path(manifest.root)
 
-    def work(item: tuple[int, Case]) -> Row:
-        number, case = item
-        return _row(measure_case(manifest, number, case, root, budget), case, layout)
+    def work(case: Case) -> Row:
+        return _row(measure_case(manifest, case, root, SAMPLES_A_CASE), case, layout)
 
-    yield from sweep(work, list(enumerate(cases)), name=lambda item: item[1].id)
+    yield from sweep(work, cases, name=lambda case: case.id)
 
 
 def _row(found: Measured, case: Case, layout: Layout) -> Row:
     """What one case adds."""
     schema, parts = layout.schema, [np.ones(1)] * (1 if layout.coarse else 2)
+    dense = find_task(schema.task).dense
     parts += [layout.shape.counts([n]) for n in found.shape]
     parts += [
         layout.spacing.counts([found.spacing[axis]]) if found.spacing is not None else np.zeros(layout.spacing.size)
@@ -204,14 +216,14 @@ def _row(found: Measured, case: Case, layout: Layout) -> Row:
         known = values[np.isfinite(values)]
         parts.append(layout.intensity.counts(known) / max(1, known.size))
     shows = np.zeros(len(schema.classes))
-    if schema.task == "segmentation":
+    if dense:
         shows[:] = found.voxels > 0
     elif isinstance(case.label, tuple):
         shows[:] = np.asarray(case.label) > 0
     elif case.label is not None:
         shows[case.label] = 1
     parts.append(shows / layout.shown())
-    if schema.task == "segmentation":
+    if dense:
         parts.append(found.voxels / max(1, int(found.voxels.sum())))
     return np.concatenate(parts)
 
@@ -230,6 +242,7 @@ def fingerprint_of(total: Row, layout: Layout, *, noise: float = 0.0) -> Fingerp
         FederationError: hardly anything exceeds the noise.
     """
     schema, blocks = layout.schema, layout.split(np.maximum(total, 0.0))
+    task = find_task(schema.task)
 
     def clear(name: str) -> Row:
         found = np.where(blocks[name] > CLEAR * noise, blocks[name], 0.0)
@@ -248,7 +261,7 @@ def fingerprint_of(total: Row, layout: Layout, *, noise: float = 0.0) -> Fingerp
     spaced = [clear(f"spacing {axis}") for axis in range(schema.ndim)]
     steps = [_extent(layout.spacing, found) for found in spaced] if all(found.any() for found in spaced) else None
     shows = np.where(blocks["shows"] > noise, blocks["shows"], 0.0) * layout.shown()
-    share = blocks["share" if schema.task == "segmentation" else "shows"]
+    share = blocks["share" if task.dense else "shows"]
     share = np.where(share > noise, share, 0.0)
     median = tuple(int(middle) for _, middle, _ in axes)
     return Fingerprint(
@@ -269,7 +282,7 @@ def fingerprint_of(total: Row, layout: Layout, *, noise: float = 0.0) -> Fingerp
         intensity=tuple(_channel(layout.intensity, clear(f"intensity {c}")) for c in range(schema.channels)),
         class_cases={name: round(float(n)) for name, n in zip(schema.classes, shows, strict=True)},
         class_fraction={
-            name: float(n) / max(float(share.sum() if schema.task != "multilabel" else cases / layout.shown()), 1e-9)
+            name: float(n) / max(float(cases / layout.shown() if task.target == "labels" else share.sum()), 1e-9)
             for name, n in zip(schema.classes, share, strict=True)
         },
         bytes_total=4 * cases * schema.channels * math.prod(median),

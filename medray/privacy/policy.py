@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from medray.config.federation_files import SiteConfig
 from medray.config.schema import Experiment
-from medray.errors import PolicyError
+from medray.errors import PolicyError, WithheldError
 
 _SITES_OWN = {"data": True, "device": True}
 """Fields of a recipe that a site fills in for itself."""
@@ -23,7 +23,9 @@ class Request:
     Attributes:
         recipe: content hash, see :func:`recipe_digest`.
         model, strategy: names.
-        rounds, local_epochs: of the whole run; passes over the data of one round.
+        rounds: of the whole run.
+        local_epochs: passes over the data of one round; None where it is told in steps.
+        local_steps: of the optimiser in one round; None where it is told in passes.
         epsilon, delta: that the whole run may spend here; None without differential privacy.
         noise: smallest noise multiplier of a step; None without differential privacy.
         unit: what is protected, ``record`` or ``patient``.
@@ -35,7 +37,8 @@ class Request:
     model: str
     strategy: str
     rounds: int
-    local_epochs: int
+    local_epochs: int | None = None
+    local_steps: int | None = None
     epsilon: float | None = None
     delta: float | None = None
     noise: float | None = None
@@ -53,6 +56,8 @@ def recipe_digest(experiment: Experiment) -> str:
 def decide(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: float, patients: int) -> None:
     """Let a request pass, or refuse it with every reason that there is.
 
+    No reason that the asker hears depends on how many cases there are, or holds what was spent, which does.
+
     Args:
         rules: the site's.
         request: of the run.
@@ -61,15 +66,14 @@ def decide(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: floa
         patients: that would train.
 
     Raises:
-        PolicyError: the site doesn't take part; each reason names the value, the rule and its key in ``site.yaml``.
+        WithheldError: the site doesn't take part; each reason names the value, the rule and its key in ``site.yaml``.
     """
     reasons = [
         *_of_the_run(rules, request),
-        *_of_privacy(rules, request, spent),
+        *_of_privacy(rules, request),
         *_of_this_moment(rules, now, patients),
     ]
-    if reasons:
-        raise PolicyError(f"site {rules.name!r} refuses: {'; '.join(reasons)}. Its owner decides, in site.yaml")
+    _refuse(rules, "", reasons, _of_the_year(rules, request, spent), "Its owner decides, in site.yaml")
 
 
 def decide_survey(rules: SiteConfig, request: Request, *, now: dt.datetime, spent: float, patients: int) -> None:
@@ -78,19 +82,36 @@ def decide_survey(rules: SiteConfig, request: Request, *, now: dt.datetime, spen
     Exact ones leave a site that demands privacy only where ``privacy.share_fingerprint`` says so.
 
     Raises:
-        PolicyError: with the reasons.
+        WithheldError: with the reasons.
     """
     privacy = rules.privacy.model_copy(
         update={"required": rules.privacy.required and not rules.privacy.share_fingerprint}
     )
     own = rules.model_copy(update={"privacy": privacy})
-    reasons = [*_of_privacy(own, request, spent), *_of_this_moment(rules, now, patients)]
-    if reasons:
-        raise PolicyError(
-            f"site {rules.name!r} refuses to tell sums of its data: {'; '.join(reasons)}. With "
-            "federation.fingerprint_epsilon they have noise on them; privacy.share_fingerprint lets exact ones leave. "
-            "Its owner decides, in site.yaml"
-        )
+    reasons = [*_of_privacy(own, request), *_of_this_moment(rules, now, patients)]
+    cure = (
+        "With federation.fingerprint_epsilon they have noise on them; privacy.share_fingerprint lets exact ones leave. "
+        "Its owner decides, in site.yaml"
+    )
+    _refuse(rules, " to tell sums of its data", reasons, _of_the_year(rules, request, spent), cure)
+
+
+def decide_fingerprint(rules: SiteConfig, *, now: dt.datetime, patients: int) -> None:
+    """The same for a fingerprint of this site alone, which is exact, and which the server sees by itself.
+
+    Raises:
+        PolicyError: with the reason.
+    """
+    decide_moment(rules, now=now, patients=patients)
+    limits = rules.privacy
+    for demanded in ("required", "require_secure_aggregation"):
+        if getattr(limits, demanded) and not limits.share_fingerprint:
+            raise PolicyError(
+                f"site {rules.name!r} refuses: a fingerprint holds exact counts and intensities of its data, and "
+                f"privacy.{demanded} is true and privacy.share_fingerprint false. Ask for sums under "
+                "federation.secure_aggregation, or with noise on them (federation.fingerprint_epsilon), or plan on "
+                "public data (--fingerprint)"
+            )
 
 
 def decide_moment(rules: SiteConfig, *, now: dt.datetime, patients: int) -> None:
@@ -104,6 +125,17 @@ def decide_moment(rules: SiteConfig, *, now: dt.datetime, patients: int) -> None
         raise PolicyError(f"site {rules.name!r} refuses: {'; '.join(reasons)}. Its owner decides, in site.yaml")
 
 
+def _refuse(rules: SiteConfig, what: str, reasons: Iterable[str], withheld: tuple[str, str] | None, cure: str) -> None:
+    """Raise where there is any reason; of one that is withheld the asker hears the first form alone."""
+    said, exactly = list(reasons), list(reasons)
+    if withheld is not None:
+        said.append(withheld[0])
+        exactly.append(withheld[1])
+    if said:
+        begin = f"site {rules.name!r} refuses{what}: "
+        raise WithheldError(f"{begin}{'; '.join(said)}. {cure}", f"{begin}{'; '.join(exactly)}. {cure}")
+
+
 def _of_the_run(rules: SiteConfig, request: Request) -> Iterator[str]:
     allow = rules.allow
     if allow.recipes and request.recipe not in allow.recipes:
@@ -114,12 +146,15 @@ def _of_the_run(rules: SiteConfig, request: Request) -> Iterator[str]:
         yield f"strategy {request.strategy!r} is none of allow.strategies ({', '.join(allow.strategies)})"
     if request.rounds > allow.rounds:
         yield f"{request.rounds} rounds are more than allow.rounds={allow.rounds}"
-    if request.local_epochs > allow.local_epochs:
-        # How many they are would tell how many cases so many steps go through.
-        yield f"a round's passes over the data are more than allow.local_epochs={allow.local_epochs}"
+    if request.local_epochs is not None and request.local_epochs > allow.local_epochs:
+        passes = f"{request.local_epochs} passes over the data in a round"
+        yield f"{passes} are more than allow.local_epochs={allow.local_epochs}"
+    # Steps are not held against passes: by which number of them a site refuses, its number of cases could be told.
+    if request.local_steps is not None and request.local_steps > allow.local_steps:
+        yield f"{request.local_steps} steps in a round are more than allow.local_steps={allow.local_steps}"
 
 
-def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[str]:
+def _of_privacy(rules: SiteConfig, request: Request) -> Iterator[str]:
     limits = rules.privacy
     if limits.require_secure_aggregation and not request.secure_aggregation:
         yield (
@@ -137,17 +172,24 @@ def _of_privacy(rules: SiteConfig, request: Request, spent: float) -> Iterator[s
         return
     if request.epsilon > limits.epsilon_per_run:
         yield f"epsilon {request.epsilon:g} is more than privacy.epsilon_per_run={limits.epsilon_per_run:g}"
-    if spent + request.epsilon > limits.epsilon_per_year:
-        yield (
-            f"epsilon {request.epsilon:g} on top of {spent:.3g} spent this year is more than "
-            f"privacy.epsilon_per_year={limits.epsilon_per_year:g}"
-        )
     if request.delta is None or request.delta > limits.delta:
         yield f"delta {request.delta} is more than privacy.delta={limits.delta:g}"
     if request.noise is not None and request.noise < limits.least_noise:
         yield f"noise multiplier {request.noise:.3g} is less than privacy.least_noise={limits.least_noise:g}"
     if request.unit not in limits.unit:
         yield f"unit {request.unit!r} is none of privacy.unit ({', '.join(limits.unit)})"
+
+
+def _of_the_year(rules: SiteConfig, request: Request, spent: float) -> tuple[str, str] | None:
+    """For the asker, and for the site's own log: what runs cost here depends on how many cases there are."""
+    most = rules.privacy.epsilon_per_year
+    if request.epsilon is None or spent + request.epsilon <= most:
+        return None
+    rule = f"is more than privacy.epsilon_per_year={most:g}"
+    return (
+        f"epsilon {request.epsilon:g} on top of what was spent this year {rule}",
+        f"epsilon {request.epsilon:g} on top of {spent:.3g} spent this year {rule}",
+    )
 
 
 def _of_this_moment(rules: SiteConfig, now: dt.datetime, patients: int) -> Iterator[str]:

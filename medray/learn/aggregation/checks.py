@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medray.learn.aggregation.mean import Weights
 
-__all__ = ["beyond", "fault", "norm", "too_long", "usual_norm"]
+__all__ = ["beyond", "fault", "norm", "too_long", "unreal", "usual_norm"]
 
 
 def fault(update: Mapping[str, npt.NDArray[Any]], expected: Weights) -> str | None:
@@ -34,6 +34,25 @@ def fault(update: Mapping[str, npt.NDArray[Any]], expected: Weights) -> str | No
     for name, value in update.items():
         if not np.isfinite(value).all():
             return f"{name!r} holds NaN or infinite values"
+    return None
+
+
+def unreal(update: Weights, weights: Weights) -> str | None:
+    """Why running variances that an update leads to are none of any data; None where they may be.
+
+    A variance isn't negative. Upwards nothing bounds it but the data, whose size no recipe says.
+
+    Args:
+        update: in good form (:func:`fault`).
+        weights: the ones that it is added to.
+    """
+    for name, value in update.items():
+        if not name.endswith("running_var") or not value.size:
+            continue
+        after = weights[name].astype(np.float64) + value
+        rounding = 1e-6 + float(np.abs(value).max()) / 64  # of int8, sent twice, and of masked words
+        if float(after.min()) < -rounding:
+            return f"{name!r} would come to {float(after.min()):.4g}, and a variance isn't negative"
     return None
 
 

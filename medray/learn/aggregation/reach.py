@@ -43,11 +43,10 @@ def reach(experiment: Experiment, weights: Weights, steps: int, *, number: int =
         return None
     schedule, momentum = Schedule(experiment.schedule), optim.momentum if optim.name == "sgd" else 0.0
     if steps > COUNTED:
-        travelled = optim.lr * steps / (1 - momentum)
+        travelled = optim.lr * steps * _heaped(momentum, (number + 1) * steps + 1)
     else:  # a step t has momentum of t steps before it at most, and Nesterov's of one more
         travelled = optim.lr * math.fsum(
-            schedule.factor(t, most) * (1 - momentum ** (t + 2)) / (1 - momentum)
-            for t in range(number * steps, (number + 1) * steps)
+            schedule.factor(t, most) * _heaped(momentum, t + 2) for t in range(number * steps, (number + 1) * steps)
         )
     if optim.name == "sgd":
         moved = travelled * optim.clip_norm
@@ -56,3 +55,8 @@ def reach(experiment: Experiment, weights: Weights, steps: int, *, number: int =
     # Decay pulls to zero and not beyond. Adam's is a part of its normalised step.
     decay = 0.0 if optim.name == "adam" else min(1.0, travelled * optim.weight_decay)
     return ROUNDING * (moved + decay * (norm(weights) + moved))
+
+
+def _heaped(momentum: float, steps: int) -> float:
+    """What momentum makes of that many steps of length 1; of the full one, their number."""
+    return float(steps) if momentum == 1 else (1 - momentum**steps) / (1 - momentum)

@@ -2,8 +2,12 @@
 
 Sites whose data differ pull apart while they train. Each site's gradients are corrected by c - c_i, the mean gradient
 of all sites less its own, as the last rounds had them. With x the round's first weights, y_i a site's last and L the
-sum of its learning rates, c_i becomes c_i - c + (x - y_i) / L. The server needs no more than the updates y_i - x: it
-moves c by the share of the sites that took part, times the mean of -c - (y_i - x) / L.
+sum of its learning rates, c_i becomes c_i - c + (x - y_i) / L. All of that can be told from the updates y_i - x, so the
+server keeps every c_i, by the updates that counted alone, and sends each site its c - c_i: a site that was late, or
+whose update was quarantined, is corrected by what is known of it.
+
+Unlike in the paper, c is the mean by training cases, as that of the updates is, and over the sites of which a c_i is
+known; one of which none is yet is not corrected, where the paper takes its c_i for 0.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ from medray.config.schema import Experiment
 from medray.learn.aggregation.mean import Weights
 from medray.learn.schedules import Schedule
 
-__all__ = ["CONTROL", "attach_correction", "moved_control", "parted", "travelled"]
+__all__ = ["CORRECTION", "attach_correction", "control_of", "parted", "travelled"]
 
-CONTROL = "control/"
-"""Before names of control variates, where they travel beside weights."""
+CORRECTION = "correction/"
+"""Before names of corrections, where they travel beside weights."""
 
 
 def travelled(experiment: Experiment, number: int) -> float:
@@ -33,27 +37,22 @@ def travelled(experiment: Experiment, number: int) -> float:
     return experiment.optim.lr * math.fsum(schedule.factor(first + step, most) for step in range(steps))
 
 
-def moved_control(own: Weights, control: Weights, update: Weights, length: float) -> Weights:
-    """A site's control variate after a round; with nothing for its own, how far that moved.
+def control_of(correction: Weights, update: Weights, length: float) -> Weights:
+    """A site's control variate after a round: the mean gradient that it followed.
 
     Args:
-        own: c_i, by the name of a parameter; what is missing is 0.
-        control: c, with all names.
+        correction: c - c_i that it was sent, with all names.
         update: y_i - x, with these names at least.
-        length: of :func:`travelled`.
+        length: of :func:`travelled`, above 0.
     """
-    if length <= 0:  # a schedule that has come to nothing: so has what could be learned of gradients
-        return {name: own.get(name, np.zeros_like(value)) for name, value in control.items()}
-    return {
-        name: (own.get(name, np.zeros_like(value)) - value - update[name] / length).astype(value.dtype)
-        for name, value in control.items()
-    }
+    return {name: (-value - update[name] / length).astype(value.dtype) for name, value in correction.items()}
 
 
 def parted(arrays: Mapping[str, np.ndarray]) -> tuple[Weights, Weights]:  # type: ignore[type-arg]
-    """Weights, and control variates by the names of the weights that they belong to."""
-    weights = {name: value for name, value in arrays.items() if not name.startswith(CONTROL)}
-    return weights, {name.removeprefix(CONTROL): value for name, value in arrays.items() if name.startswith(CONTROL)}
+    """Weights, and corrections by the names of the weights that they belong to."""
+    weights = {name: value for name, value in arrays.items() if not name.startswith(CORRECTION)}
+    more = {n.removeprefix(CORRECTION): value for n, value in arrays.items() if n.startswith(CORRECTION)}
+    return weights, more
 
 
 def attach_correction(optimizer: torch.optim.Optimizer, model: nn.Module, correction: Mapping[str, Tensor]) -> None:

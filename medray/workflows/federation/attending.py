@@ -11,7 +11,6 @@ import datetime as dt
 import fcntl
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from medray.errors import (
 )
 from medray.privacy.accountant import PrivacyPlan
 from medray.privacy.audit import Audit
-from medray.privacy.policy import Request, decide, decide_moment, decide_survey, recipe_digest
+from medray.privacy.policy import Request, decide, decide_fingerprint, decide_moment, decide_survey, recipe_digest
 from medray.privacy.rules import check_private
 from medray.privacy.secagg.identity import Signer
 from medray.tasks.catalogue import find_task
@@ -131,7 +130,7 @@ class Guard:
 
     def __init__(self, rules: SiteConfig, manifest: Manifest, folder: SiteFolder) -> None:
         self.rules, self.audit, self.task = rules, Audit(rules.audit), manifest.task
-        self.patients, self.cases = len({case.group for case in manifest.cases}), len(manifest.cases)
+        self.patients = len({case.group for case in manifest.cases})
         self.ledger = open_ledger(rules)
         self._charges, self._run = Charges(self.ledger, rules.work / "charged.json"), ""
         self.worker = SiteWorker(
@@ -155,15 +154,14 @@ class Guard:
         about: dict[str, Any] = {"kind": kind, "what": what, "round": _round(parcel)}
         try:
             self._decide(kind, what, parcel, about)
-        except (FederationError, PolicyError, PrivacyError) as error:
-            self.audit.write("refused", **about, reason=str(error)[:2000])
+        except (FederationError, PrivacyError) as error:
+            self.audit.write("refused", **about, reason=_exactly(error)[:2000])
             raise
         self.audit.write("asked", **about)
         try:
             answer = self._protected(kind, self.worker(kind, parcel))
         except (PolicyError, PrivacyError) as error:
-            exactly = error.exactly if isinstance(error, WithheldError) else str(error)
-            self.audit.write("refused", **about, reason=exactly[:2000])
+            self.audit.write("refused", **about, reason=_exactly(error)[:2000])
             raise
         except FederationError as error:  # these say nothing of cases
             self.audit.write("failed", **about, reason=str(error)[:2000])
@@ -185,13 +183,7 @@ class Guard:
             decide_moment(self.rules, now=dt.datetime.now(), patients=self.patients)
             return
         if kind == "query" and what == "fingerprint":
-            decide_moment(self.rules, now=dt.datetime.now(), patients=self.patients)
-            if self.rules.privacy.required and not self.rules.privacy.share_fingerprint:
-                raise PolicyError(
-                    f"site {self.rules.name!r} refuses: a fingerprint holds exact counts and intensities of its data, "
-                    "and privacy.share_fingerprint is false. Ask for sums with noise on them "
-                    "(federation.fingerprint_epsilon), or plan on public data (--fingerprint)"
-                )
+            decide_fingerprint(self.rules, now=dt.datetime.now(), patients=self.patients)
             return
         try:
             experiment = Experiment.model_validate(parcel.text.get("experiment"))
@@ -200,13 +192,15 @@ class Guard:
                 f"site {self.rules.name!r} refuses: no valid experiment came with the request "
                 f"({error.error_count()} faults). Do both sides run the same version?"
             ) from None
-        request = _request(experiment, self.cases)
+        request = _request(experiment)
         about |= {"recipe": request.recipe, "model": request.model[:100], "strategy": request.strategy}
         self._run = f"{request.recipe}/{place_of(parcel)[0]}"
         if experiment.privacy.on:
             self._charges.give_back(but=self._run)
         # Of what this very run reserved, the ledger itself knows; a run that goes on isn't refused for its own past.
-        spent = 0.0 if self._charges.running(self._run) else self.ledger.spent(this_year=True).epsilon
+        # Nor is one that asks for a last look, which spends nothing.
+        past = kind == "evaluate" or self._charges.running(self._run)
+        spent = 0.0 if past else self.ledger.spent(this_year=True).epsilon
         if experiment.privacy.on and not experiment.privacy.secure:
             raise PolicyError(
                 f"site {self.rules.name!r} refuses: privacy.secure=false draws noise that can be foretold. Leave it out"
@@ -329,17 +323,20 @@ def _limit(rules: SiteConfig) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _request(experiment: Experiment, cases: int) -> Request:
-    federation, train = experiment.federation, experiment.train
-    passes = federation.local_epochs
-    if federation.local_steps is not None:
-        passes = math.ceil(federation.local_steps * train.batch_size / cases)
+def _exactly(error: Exception) -> str:
+    """Why, for the site's own log."""
+    return error.exactly if isinstance(error, WithheldError) else str(error)
+
+
+def _request(experiment: Experiment) -> Request:
+    federation, steps = experiment.federation, experiment.federation.local_steps
     return Request(
         recipe=recipe_digest(experiment),
         model=experiment.model.name,
         strategy=federation.strategy,
         rounds=federation.rounds,
-        local_epochs=passes * train.samples_per_case,
+        local_epochs=federation.local_epochs * experiment.train.samples_per_case if steps is None else None,
+        local_steps=steps,
         epsilon=experiment.privacy.epsilon,
         delta=experiment.privacy.delta if experiment.privacy.on else None,
         noise=experiment.privacy.noise_multiplier,

@@ -234,7 +234,7 @@ def _measured(hub: Hub, sites: tuple[str, ...], directory: Path, ca: Path, said:
     asked = _federation(explicit)
     if asked.secure_aggregation or asked.fingerprint_epsilon is not None:
         authority = ca.read_bytes() if asked.secure_aggregation else None
-        found = survey(hub, sites, asked_of(explicit), authority=authority, said=said)
+        found = survey(hub, sites, asked_of(explicit), directory, authority=authority, said=said)
         fingerprint, how = found.fingerprint, found.said
     else:
         fingerprint = _ask_for_fingerprints(hub, sites, asked.quorum, asked.deadline, said)

@@ -13,6 +13,7 @@ from torch import nn
 from medray.config.schema import Experiment
 from medray.data.fingerprint import measure
 from medray.data.splits import Splits
+from medray.errors import FederationError
 from medray.learn.intervals import Interval
 from medray.tasks.catalogue import find_task
 from medray.workflows import champion as choosing
@@ -21,7 +22,32 @@ from medray.workflows.packing import write_champion
 from medray.workflows.recipe import Recipe
 from medray.workflows.training import Network
 
-__all__ = ["write_own"]
+__all__ = ["settled", "write_own"]
+
+
+def settled(directory: Path, digest: str) -> bool:
+    """Whether the bundle of a run is there already; of which weights it is made is settled by who asks first.
+
+    Args:
+        directory: of the bundle; its digest lies beside it.
+        digest: of the last shared weights.
+
+    Raises:
+        FederationError: it was made of others: a later message replaces no finished model.
+    """
+    mark = directory.with_name(f"{directory.name}.sha256")
+    if mark.is_file():
+        if mark.read_text(encoding="utf-8").strip() != digest:
+            raise FederationError(
+                "this site's own model of this run was made of other weights, and stays as it is. Begin a new "
+                "federation for another"
+            )
+        return directory.is_dir()
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    partial = mark.with_name(f"{mark.name}.part")
+    partial.write_text(f"{digest}\n", encoding="utf-8")
+    partial.replace(mark)
+    return False
 
 
 def write_own(

@@ -23,12 +23,12 @@ from medray.config.schema import Experiment
 from medray.engines.flower.parcel import Hub, Parcel, wire_size
 from medray.errors import FederationError, PrivacyError
 from medray.learn.aggregation.aggregator import Aggregator
-from medray.learn.aggregation.checks import beyond, fault, norm, too_long, usual_norm
+from medray.learn.aggregation.checks import beyond, fault, norm, too_long, unreal, usual_norm
 from medray.learn.aggregation.compression import decompress
 from medray.learn.aggregation.fixed import flat, shaped
 from medray.learn.aggregation.mean import Weights
 from medray.learn.aggregation.reach import reach
-from medray.learn.aggregation.scaffold import CONTROL, travelled
+from medray.learn.aggregation.scaffold import CORRECTION, travelled
 from medray.privacy.central import Central
 from medray.privacy.secagg.roster import PublicKeys
 from medray.workflows.federation.said import FIGURES, counts, mean_metrics, odd, stated
@@ -115,7 +115,7 @@ class Rounds:
         self.weights, self._authority = weights, authority
         self.aggregator, self._statistics = Aggregator(self.config, statistics), statistics
         self.central = self._central(statistics)
-        self.round, self._sites = 0, 1
+        self.round = 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "value": None, "metrics": {}}
         self.best_weights = weights
@@ -155,7 +155,6 @@ class Rounds:
                 f"federation.privacy.delta={self.config.privacy.delta:g} for {len(sites)} sites must be below "
                 f"1/{len(sites)}: else giving away one of them whole would be allowed. Lower it"
             )
-        self._sites = len(sites)
         self._resume()
         dear = self.config.secure_aggregation or self.experiment.privacy.on
         if dear and not (self.directory / RECORD).exists():
@@ -226,7 +225,8 @@ class Rounds:
             mean = self.central.mean([flat(update) for update in updates])
             self._step([shaped(mean, self.weights)], [1.0])
             return {"clip": self.central.clip}
-        self._step(updates, counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on))
+        weigh = counts([now.answers[name] for name in now.there], private=self.experiment.privacy.on)
+        self._step(updates, weigh, now.there)
         return {}
 
     def _summed(self, now: _Round) -> dict[str, Any]:
@@ -250,6 +250,7 @@ class Rounds:
             before = [float(entry["norm"]) for entry in self.history if "norm" in entry][-REMEMBERED:]
             most = self.config.max_norm
             reason = too_long(length, usual_norm(before), outlier=self.config.outlier, most=most)
+            reason = reason or self._unreal(shaped(opened.mean, self.weights))
             if not before and reason is None:
                 reason = beyond(norm(self._moved(shaped(opened.mean, self.weights))), self._farthest(opened.weights))
         if opened.mean is None or reason is not None:
@@ -277,9 +278,9 @@ class Rounds:
             steps = federation.local_epochs * math.ceil(cases * train.samples_per_case / train.batch_size)
         return reach(self.experiment, self._moved(self.weights), steps, number=self.round)
 
-    def _step(self, updates: Sequence[Weights], counts: Sequence[float]) -> None:
-        length, share = travelled(self.experiment, self.round), len(updates) / self._sites
-        stepped = self.aggregator(self.weights, updates, counts, travelled=length, share=share)
+    def _step(self, updates: Sequence[Weights], counts: Sequence[float], sites: Sequence[str] = ()) -> None:
+        length = travelled(self.experiment, self.round)
+        stepped = self.aggregator(self.weights, updates, counts, sites=sites, travelled=length)
         broken = fault(stepped, self.weights)
         if broken is not None:
             raise FederationError(
@@ -307,12 +308,12 @@ class Rounds:
         return tuple(sites[k] for k in sorted(rng.choice(len(sites), count, replace=False)))
 
     def _ask(self, now: _Round, missing: tuple[str, ...]) -> None:
-        parcel = self._parcel()
-        down = wire_size(parcel)
-        topic = topic_of(self.experiment, parcel) if self.config.secure_aggregation else ""
+        parcels = {name: self._parcel(name) for name in missing}
+        down = wire_size(next(iter(parcels.values()))) if parcels else 0  # alike for all
+        topic = topic_of(self.experiment, self._parcel()) if self.config.secure_aggregation else ""
         began = time.monotonic()
         present = set(self.hub.sites())
-        answers = self.hub.ask("train", {n: parcel for n in missing if n in present}, self.config.deadline)
+        answers = self.hub.ask("train", {n: parcels[n] for n in missing if n in present}, self.config.deadline)
         waited = time.monotonic() - began
         for name in missing:
             now.arrived.pop(name, None)
@@ -355,12 +356,16 @@ class Rounds:
         """The update in an answer, or why there is none to be had."""
         try:
             update = decompress(answer.arrays, self.weights, self.config.compression)
-            reason = fault(update, self.weights) or odd(answer.text)
+            reason = fault(update, self.weights) or odd(answer.text) or self._unreal(update)
         except FederationError as error:
             return None, str(error)
         except Exception as error:  # whatever a stranger's arrays come to, the other sites go on
             return None, f"it can't be read ({type(error).__name__}: {str(error)[:200]})"
         return (update, None) if reason is None else (None, reason)
+
+    def _unreal(self, update: Weights) -> str | None:
+        """Why the running statistics can't be those of any data; topk sends parts of them, of which nobody can say."""
+        return None if self.config.compression == "topk" else unreal(update, self.weights)
 
     def _keys(self, now: _Round, name: str, topic: str, answer: Parcel) -> tuple[Weights | None, str | None]:
         """Take a site's public keys, where its update stays masked: nothing, or why they are none."""
@@ -404,12 +409,14 @@ class Rounds:
             if name not in now.there
         )
 
-    def _parcel(self) -> Parcel:
+    def _parcel(self, site: str = "") -> Parcel:
+        """A round's question: the same for all sites, but for what SCAFFOLD corrects one by."""
         text: dict[str, Any] = {"experiment": self._document, "run": self._name, "round": self.round}
         if self.central is not None:
             text["clip"] = self.central.clip
-        control = {f"{CONTROL}{name}": value for name, value in self.aggregator.control(self.weights).items()}
-        return Parcel(text=text, arrays={**self.weights, **control})
+        correction = self.aggregator.correction(self.weights, site)
+        arrays = {**self.weights, **{f"{CORRECTION}{name}": value for name, value in correction.items()}}
+        return Parcel(text=text, arrays=arrays)
 
     # -- which round is best
     # ---------------------------------------------------------------------------------------------
@@ -426,8 +433,8 @@ class Rounds:
 
     def _last_look(self, sites: tuple[str, ...]) -> None:
         present = set(self.hub.sites())
-        parcel = self._parcel()
-        found = self.hub.ask("evaluate", {n: parcel for n in sites if n in present}, self.config.deadline)
+        parcels = {name: self._parcel(name) for name in sites if name in present}
+        found = self.hub.ask("evaluate", parcels, self.config.deadline)
         before = self.history[-1].get("last") or {"sites": {}}
         answers: dict[str, Mapping[str, Any]] = {
             name: {"metrics": metrics, "judged": before.get("judged", {}).get(name)}

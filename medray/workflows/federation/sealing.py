@@ -2,8 +2,9 @@
 
 In a run's folder (see ``keeping``) ``secret.pt`` has the keys of its newest round and what was answered with them,
 ``unsent.pt`` the update, until ``masked.pt`` has that masked. ``asked.pt`` has, of each recipe, the highest round that
-was answered and the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown. All
-are on the disk before an answer leaves: a site that was killed answers as before.
+was answered and the digest of its question, ``peers.pt`` how new the certificates are that other sites have shown,
+``groups.pt`` among whom what may be summed with one group alone was. All are on the disk before an answer leaves: a
+site that was killed answers as before.
 
 One question of a round is answered, whatever run asks it: from the sums of two, among other sites, a server would take
 one site's update by difference. The question's digest is in what the sites sign of their keys: sites that were sent
@@ -41,7 +42,7 @@ from medray.workflows.federation.keeping import forget_old, place_of, run_folder
 
 __all__ = ["STAGES", "FirstRound", "KeptBackError", "Sealing", "alike", "question_of", "topic_of"]
 
-ASKED, PEERS = "asked.pt", "peers.pt"
+ASKED, PEERS, GROUPS = "asked.pt", "peers.pt", "groups.pt"
 SECRET, UNSENT, MASKED = "secret.pt", "unsent.pt", "masked.pt"
 REMEMBERED = 5
 """Rounds whose norms say what is usual here."""
@@ -142,7 +143,14 @@ class Sealing:
         )
 
     def begin(
-        self, experiment: Experiment, asked: Parcel, update: Weights, cases: int, *, guard: FirstRound | None = None
+        self,
+        experiment: Experiment,
+        asked: Parcel,
+        update: Weights,
+        cases: int,
+        *,
+        guard: FirstRound | None = None,
+        once: str | None = None,
     ) -> dict[str, str]:
         """Keep a round's update, and give the public keys of the round.
 
@@ -153,6 +161,8 @@ class Sealing:
             update: what this site would add to the weights.
             cases: that trained.
             guard: how far the update of a first round may reach.
+            once: names what doesn't change from run to run: it is summed among one group of sites, and never again
+                with others, whatever recipe or run asks. None for what each round makes anew.
 
         Raises:
             PrivacyError: see :meth:`permit`.
@@ -174,7 +184,7 @@ class Sealing:
         unsent = {"topic": topic, "weight": weight, "clip": asked.text.get("clip"), "update": tensors}
         checkpoint.save(folder / UNSENT, unsent)
         about = {"run": run, "round": number, "norms": [*norms, length][-REMEMBERED:]}
-        checkpoint.save(folder / SECRET, {**about, "site": site.plain()})
+        checkpoint.save(folder / SECRET, {**about, "once": once, "site": site.plain()})
         checkpoint.save(self.directory / ASKED, {"rounds": {**self._asked(), recipe: [number, question_of(asked)]}})
         forget_old(folder, self._note)
         return site.keys(self._sign()).plain()
@@ -184,6 +194,7 @@ class Sealing:
 
         Raises:
             FederationError: this site sits the round out; the message says why.
+            PrivacyError: it would be the sum of what was summed before among other sites.
         """
         stage, (run, number) = cast(Stage, parcel.text["ask"]), place_of(parcel)
         folder = self._folder(experiment, run)
@@ -202,6 +213,9 @@ class Sealing:
         )
         if stage == "shares" and self._signer_of is not None:
             self._recognise(said)
+        if secret["once"] is not None and stage in ("shares", "confirm"):
+            names = sorted(site.roster) if stage == "shares" else sorted(site.survivors)
+            self._among(str(secret["once"]), names, settled=stage == "confirm")
         if masked is not None:
             words = masked.view(masked.dtype.str.replace("u", "i"))
             checkpoint.save(folder / MASKED, {"topic": topic, "masked": torch.from_numpy(words)})
@@ -271,6 +285,22 @@ class Sealing:
                 )
             known[site] = issued
         checkpoint.save(self.directory / PEERS, {"issued": known})
+
+    def _among(self, once: str, names: list[str], *, settled: bool) -> None:
+        """Refuse another group than the one that this was summed among; remember it once it is ``settled``.
+
+        Any two sums have more than half of their sites confirm them, so one that has confirmed both is among them.
+        """
+        groups: dict[str, list[str]] = dict((checkpoint.load(self.directory / GROUPS) or {}).get("groups", {}))
+        before = groups.get(once)
+        if before is not None and before != names:
+            raise PrivacyError(
+                f"site {self.name}: has told exact sums of these data among {', '.join(before)}, and is asked for them "
+                f"among {', '.join(names)}. The difference could be one site's own. Plan by the first ones' "
+                "fingerprint.json (--fingerprint), or ask for sums with noise (federation.fingerprint_epsilon)"
+            )
+        if settled and before is None:
+            checkpoint.save(self.directory / GROUPS, {"groups": {**groups, once: names}})
 
     def _asked(self) -> dict[str, list[Any]]:
         """By recipe, the highest round that was answered and the digest of its question."""

@@ -34,7 +34,7 @@ from medray.errors import FederationError, PrivacyError, WithheldError
 from medray.learn.aggregation.compression import compress
 from medray.learn.aggregation.mean import Weights
 from medray.learn.aggregation.reach import reach
-from medray.learn.aggregation.scaffold import moved_control, parted, travelled
+from medray.learn.aggregation.scaffold import parted
 from medray.privacy.accountant import PrivacyPlan, plan_privacy
 from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
@@ -45,16 +45,17 @@ from medray.train.precision import resolve_device
 from medray.train.runtime import LocalRuntime
 from medray.workflows.federation.charging import Charge
 from medray.workflows.federation.keeping import keep_state, kept_state, kept_states, place_of, run_folder
-from medray.workflows.federation.personal import write_own
+from medray.workflows.federation.personal import settled, write_own
 from medray.workflows.federation.runtimes import PrivateSiteRuntime, SiteRuntime
 from medray.workflows.federation.sealing import STAGES, FirstRound, KeptBackError, Sealing, question_of
-from medray.workflows.federation.shared import arrays_of, keeps_own, own_names, put, shared_names, statistics_of
+from medray.workflows.federation.shared import arrays_of, keeps_own, put, shared_names, statistics_of
 from medray.workflows.federation.surveying import SCHEMA, SUMS, answer_sums
 from medray.workflows.judging import Validate, make_validate
 from medray.workflows.training import new_model
 
 __all__ = ["SiteFolder", "SiteWorker", "local_experiment", "opener"]
 
+NEVER = "a run is over that this site trained in no round of: it has no weights of its own, and no model"
 _NOTHING = ("val/none", "max")
 
 
@@ -185,9 +186,7 @@ class SiteWorker:
         state = kept_state(kept, before=number)
         self._load(bench, parcel, state)
         judged = self._judge(bench)
-        weights, control = parted(cast(dict[str, Any], dict(parcel.arrays)))
-        own = {name: value.numpy() for name, value in state.get("control", {}).items()}
-        correction = {name: value - own.get(name, np.zeros_like(value)) for name, value in control.items()}
+        weights, correction = parted(cast(dict[str, Any], dict(parcel.arrays)))
         leg = Leg(number, federation.rounds)
         batches = Rounds(bench.loader, leg, steps=bench.steps, epochs=federation.local_epochs)
         runtime = self._runtime(bench, number, state.get("optimizer"), _tensors(correction))
@@ -203,8 +202,6 @@ class SiteWorker:
         )
         after = arrays_of(bench.model, bench.shared)
         update = {name: value - weights[name] for name, value in after.items()}
-        if control:
-            own = moved_control(own, control, update, travelled(experiment, number))
         residual = {name: value.numpy() for name, value in state.get("residual", {}).items()}
         sent, left = compress(update, residual, federation.compression, federation.top)
         cases = len(bench.splits.train)
@@ -222,27 +219,31 @@ class SiteWorker:
         if losses and not _discreet(experiment):
             said["loss"] = losses[-1]
         answer = Parcel(text={**judged, **said}, arrays=sent)
-        self._keep(bench, kept, number, runtime, left, own, question, answer)
+        self._keep(bench, kept, number, runtime, left, question, answer)
         return answer
 
     def _evaluate(self, experiment: Experiment, parcel: Parcel) -> dict[str, Any]:
         """What the weights are worth here; those of the last round become, with this site's own, its own model."""
         own = self._models is not None and place_of(parcel)[1] >= experiment.federation.rounds
-        if _discreet(experiment) and not (own and keeps_own(experiment.federation)):
+        own = own and keeps_own(experiment.federation)
+        if _discreet(experiment) and not own:
             return {"metrics": {}, "judged": 0}
-        bench = self._set_up(experiment)
         state = kept_state(self._kept(experiment, parcel))
+        if _discreet(experiment) and not state:
+            self._note(NEVER)
+            return {"metrics": {}, "judged": 0}
+        bench = self._set_up(experiment, pays=False)
         self._load(bench, parcel, state)
         judged = self._judge(bench)
-        if own and self._models is not None and own_names(bench.model, bench.shared):
-            self._write_own(bench, self._models / self._kept(experiment, parcel).name[:12], trained=bool(state))
+        if own and self._models is not None and state:
+            self._write_own(bench, self._models / self._kept(experiment, parcel).name[:12], parcel)
+        elif own:
+            self._note(NEVER)
         return judged
 
-    def _write_own(self, bench: _Bench, directory: Path, *, trained: bool) -> None:
-        if not trained:
-            self._note(
-                "a run is over that this site trained in no round of: it has no weights of its own, and no model"
-            )
+    def _write_own(self, bench: _Bench, directory: Path, parcel: Parcel) -> None:
+        digest = question_of(Parcel(arrays=parcel.arrays))
+        if settled(directory, digest):
             return
         with torch.no_grad():
             said = write_own(
@@ -254,7 +255,7 @@ class SiteWorker:
                 experiment=bench.experiment,
                 splits=bench.splits,
             )
-        self._note(f"a run is over: {said}")
+        self._note(f"a run is over: {said}, by shared weights of SHA-256 {digest}")
 
     def _kept(self, experiment: Experiment, parcel: Parcel) -> Path:
         """The folder of the run that a question is of."""
@@ -336,8 +337,13 @@ class SiteWorker:
                 "same version?"
             ) from None
 
-    def _set_up(self, asked: Experiment) -> _Bench:
-        """What the run needs. Whether it may be had at all is settled before any image is read."""
+    def _set_up(self, asked: Experiment, *, pays: bool = True) -> _Bench:
+        """What the run needs. Whether it may be had at all is settled before any image is read.
+
+        Args:
+            asked: by the server.
+            pays: for training; a look at weights that were trained before costs nothing.
+        """
         experiment = local_experiment(asked)
         if self._bench is not None and self._bench.experiment == experiment:
             return self._bench
@@ -352,7 +358,7 @@ class SiteWorker:
             )
         steps = _steps(experiment, len(splits.train))
         plan = self._plan(experiment, splits, steps)
-        if plan is not None and self._charge is not None:
+        if plan is not None and self._charge is not None and pays:
             self._charge(plan, 0)
         store = PreparedStore.open_or_build(manifest, experiment.preprocess, Path(self.folder.cache))
         device = resolve_device(experiment.device)
@@ -408,11 +414,11 @@ class SiteWorker:
         Raises:
             FederationError: not exactly the weights that are shared.
         """
-        weights, control = parted(cast(dict[str, Any], dict(parcel.arrays)))
+        weights, correction = parted(cast(dict[str, Any], dict(parcel.arrays)))
         wanted = set(bench.shared) - statistics_of(bench.model)
         corrected = bench.experiment.federation.strategy == "scaffold"
-        if set(weights) != set(bench.shared) or set(control) != (wanted if corrected else set()):
-            odd = sorted((set(weights) ^ set(bench.shared)) or (set(control) ^ wanted))[0]
+        if set(weights) != set(bench.shared) or set(correction) != (wanted if corrected else set()):
+            odd = sorted((set(weights) ^ set(bench.shared)) or (set(correction) ^ wanted))[0]
             raise FederationError(
                 f"site {self.folder.name}: the server's weights don't fit: {odd!r} is on one side only"
             )
@@ -429,7 +435,6 @@ class SiteWorker:
         number: int,
         runtime: SiteRuntime | PrivateSiteRuntime,
         residual: Weights,
-        control: Weights,
         question: str,
         answer: Parcel,
     ) -> None:
@@ -443,7 +448,6 @@ class SiteWorker:
             "own": own,
             "optimizer": None if runtime.optimizer is None else runtime.optimizer.state_dict(),
             "residual": _tensors(residual),
-            "control": _tensors(control),
             "question": question,
             "text": json.dumps(dict(answer.text)),
             "answer": _tensors(answer.arrays),
@@ -459,7 +463,6 @@ class SiteWorker:
             "own": before.get("own", {}),
             "optimizer": before.get("optimizer"),
             "residual": before.get("residual", {}),
-            "control": before.get("control", {}),
             "question": question,
             "text": "{}",
             "answer": {},

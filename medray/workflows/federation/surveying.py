@@ -42,6 +42,8 @@ __all__ = ["SCHEMA", "SUMS", "SURVEYED", "Surveyed", "answer_sums", "asked_of", 
 SCHEMA, SUMS = "schema", "sums"
 SURVEYED = "sums.pt"
 """What a site told of its sums; its presence says that a run is a survey, which trains nothing."""
+BEGUN = "survey.pt"
+"""In a run's folder: what its survey asks for, and by which name."""
 SCALE = float(1 << 16)
 """Sums are divided by it, so that those of a million patients are within the reach of masked words."""
 
@@ -86,8 +88,8 @@ def answer_sums(
 ) -> Parcel:
     """A site's answer: its sums, or, under secure aggregation, the public keys to mask them with.
 
-    To the same question it is the same, noise included, and charged once; whatever is asked in other words is charged
-    again.
+    To the same question it is the same, keys and noise included, and charged once; whatever is asked in other words is
+    charged again. Exact sums are summed among one group of sites alone, whatever surveys ask for them: see ``sealing``.
 
     Args:
         manifest: of the site.
@@ -98,37 +100,47 @@ def answer_sums(
         charge: to the site's ledger; None in a simulation.
 
     Raises:
-        FederationError: the data have another schema.
+        FederationError: the data have another schema, or the question isn't of the one round that a survey has.
         PrivacyError: over budget, or a sum was asked for before in other words.
     """
+    (run, number), secure = place_of(parcel), experiment.federation.secure_aggregation
+    if number:  # of a further one the sum, less that of the first, could be one site's
+        raise FederationError(f"a survey has one round, 0; this question is of round {number}")
     try:
         schema = Schema.model_validate(parcel.text.get("schema"))
     except ValidationError as error:
         raise FederationError(f"what should be a schema of the data is none ({error.error_count()} faults)") from None
     layout = Layout(schema, coarse=experiment.privacy.on)
-    if Schema.of(manifest) != layout.schema:
+    if not layout.schema.fits(Schema.of(manifest)):
         raise FederationError("these data have another task, other axes, channels, classes or columns than all others")
-    if experiment.federation.secure_aggregation:
-        sealing.permit(experiment, parcel)
-        sealing.ready()
-    folder = run_folder(directory, recipe_digest(experiment), place_of(parcel)[0])
+    folder = run_folder(directory, recipe_digest(experiment), run)
     kept, question = checkpoint.load(folder / SURVEYED), question_of(parcel)
     if kept is None or kept["question"] != question:
+        kept = {"question": question}
+    if secure and "keys" not in kept:
+        sealing.permit(experiment, parcel)
+        sealing.ready()
+    if "sums" not in kept:
         row, std = _noised(manifest, layout, experiment, charge)
-        kept = {"question": question, "sums": torch.from_numpy(row / SCALE), "std": std}
+        kept |= {"sums": torch.from_numpy(row / SCALE), "std": std}
         checkpoint.save(folder / SURVEYED, kept)
         forget_old(folder)
     sums, said = {"sums": kept["sums"].numpy()}, {"std": float(kept["std"])}
-    if experiment.federation.secure_aggregation:
-        return Parcel(text={**said, "keys": sealing.begin(experiment, parcel, sums, 1)})
-    return Parcel(text=said, arrays=sums)
+    if not secure:
+        return Parcel(text=said, arrays=sums)
+    if "keys" not in kept:  # a server that died and asks again goes on with the same ones
+        once = None if layout.coarse else f"exact sums/{layout.schema.digest()}"
+        kept["keys"] = sealing.begin(experiment, parcel, sums, 1, once=once)
+        checkpoint.save(folder / SURVEYED, kept)
+    return Parcel(text={**said, "keys": dict(kept["keys"])})
 
 
 def _noised(manifest: Manifest, layout: Layout, experiment: Experiment, charge: Charge | None) -> tuple[Row, float]:
     """A site's sums, and the standard deviation of the noise on each entry."""
     privacy = experiment.privacy
+    row = sums_of(manifest, layout)  # before anything is charged: a file that can't be read costs nothing
     if privacy.epsilon is None:
-        return sums_of(manifest, layout), 0.0
+        return row, 0.0
     sigma = noise_multiplier(privacy.epsilon, privacy.delta, rate=1.0, steps=1)
     spent = epsilon([(sigma, 1.0, 1)], privacy.delta)
     plan = PrivacyPlan(
@@ -145,7 +157,7 @@ def _noised(manifest: Manifest, layout: Layout, experiment: Experiment, charge: 
     if charge is not None:
         charge(plan, 1)
     std = sigma * layout.sensitivity
-    return sums_of(manifest, layout) + std * SecureRandom().normal(layout.size), std
+    return row + std * SecureRandom().normal(layout.size), std
 
 
 # -- at the server
@@ -170,16 +182,21 @@ def survey(
     hub: Hub,
     sites: tuple[str, ...],
     experiment: Experiment,
+    directory: Path,
     *,
     authority: bytes | None,
     said: Callable[[str], None],
 ) -> Surveyed:
     """Ask the sites for the sums that a plan is made from.
 
+    What is asked is written down before it is: called again, after a crash or for want of a quorum, it asks the very
+    same, which costs the sites that have answered nothing and, under secure aggregation, is all that they answer to.
+
     Args:
         hub: the way to them.
         sites: who is there.
         experiment: of :func:`surveying`.
+        directory: of the run.
         authority: certificate (PEM) to check sites' signatures by under secure aggregation; None in a simulation.
         said: hears who refuses, and why.
 
@@ -187,17 +204,18 @@ def survey(
         FederationError: fewer than the quorum, with each site's reason; or too few patients for the noise.
     """
     federation = experiment.federation
-    schema, agreed = _schema(hub, sites, federation, said)
+    schema, run, agreed = _begun(hub, sites, experiment, directory, said)
     layout = Layout(schema, coarse=experiment.privacy.on)
     text = {
         "ask": SUMS,
         "experiment": experiment.model_dump(mode="json"),
-        "run": secrets.token_hex(16),
+        "run": run,
         "round": 0,
         "schema": schema.model_dump(mode="json"),
     }
     question = Parcel(text=text, arrays={"sums": np.zeros(layout.size)})
-    answers = hub.ask("query", dict.fromkeys(agreed, question), federation.deadline)
+    present = set(hub.sites())
+    answers = hub.ask("query", {name: question for name in agreed if name in present}, federation.deadline)
     good, refused = dict[str, Parcel](), list[str]()
     for name in agreed:
         answer = answers.get(name)
@@ -219,6 +237,23 @@ def survey(
         raise _too_few(count, federation.quorum, refused)
     found = fingerprint_of(total * SCALE, layout, noise=noise)
     return Surveyed(fingerprint=found, sites=count, said=_said(experiment, noise, count))
+
+
+def _begun(
+    hub: Hub, sites: tuple[str, ...], experiment: Experiment, directory: Path, said: Callable[[str], None]
+) -> tuple[Schema, str, tuple[str, ...]]:
+    """What all have to agree in, the survey's name, and who is to be asked: all, where it goes on with a former one.
+
+    A site whose data have come to be of another schema since refuses by itself.
+    """
+    path, recipe = directory / BEGUN, recipe_digest(experiment)
+    begun = checkpoint.load(path)
+    if begun is not None and begun["recipe"] == recipe:
+        return Schema.model_validate_json(begun["schema"]), str(begun["run"]), sites
+    schema, agreed = _schema(hub, sites, experiment.federation, said)
+    run = secrets.token_hex(16)
+    checkpoint.save(path, {"recipe": recipe, "run": run, "schema": schema.model_dump_json()})
+    return schema, run, agreed
 
 
 def _schema(
@@ -262,7 +297,7 @@ def _added(answers: Mapping[str, Parcel], size: int, refused: list[str]) -> tupl
         if sums is None or sums.dtype != np.float64 or sums.shape != total.shape or not np.isfinite(sums).all():
             refused.append(f"{name}: its sums aren't {size} finite numbers")
             continue
-        total, variance, count = total + sums, variance + (_std(answer) or 0.0) ** 2, count + 1
+        total, variance, count = total + sums.astype(np.float64), variance + (_std(answer) or 0.0) ** 2, count + 1
     return total, math.sqrt(variance), count
 
 
@@ -293,8 +328,9 @@ def _opened(
 def _std(answer: Parcel) -> float | None:
     """Of a site's noise, as it says."""
     value = answer.text.get("std")
-    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
-    return float(value) if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e12:
+        return None
+    return float(value)
 
 
 def _too_few(count: int, quorum: int, refused: list[str]) -> FederationError:

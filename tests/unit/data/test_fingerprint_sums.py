@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image as Picture
 
+from medray.data import fingerprint
+from medray.data import fingerprint_sums as sums
 from medray.data.checks import check
 from medray.data.fingerprint import measure
 from medray.data.fingerprint_sums import Bins, Layout, Schema, fingerprint_of, sums_of
 from medray.data.layouts import build_manifest
-from medray.data.manifest import Manifest
+from medray.data.manifest import Case, Manifest
 from medray.errors import FederationError
 
 
@@ -70,6 +75,42 @@ def test_no_patient_adds_more_than_is_said(lesions: Manifest, table: Manifest) -
             others = tuple(case for case in manifest.cases if case.group != group)
             length = float(np.linalg.norm(whole - sums_of(manifest.model_copy(update={"cases": others}), layout)))
             assert 0.9 < length <= layout.sensitivity + 1e-9
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_patient_adds_its_own_row_whoever_else_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coarse: bool
+) -> None:
+    """Also where samples are drawn, and where there are so many cases that `measure` draws smaller ones."""
+    monkeypatch.setattr(fingerprint, "_SAMPLES", 200 * 300)
+    monkeypatch.setattr(sums, "SAMPLES_A_CASE", 300)
+    rng = np.random.default_rng(0)
+    for number in range(201):
+        pixels = (rng.random((24, 24)) ** (1 + number % 3) * 255).astype(np.uint8)
+        path = tmp_path / f"class{number % 2}" / f"p{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Picture.fromarray(pixels).save(path)
+    manifest = check(build_manifest(str(tmp_path)))
+    assert len({case.group for case in manifest.cases}) == 201
+    layout = Layout(Schema.of(manifest), coarse=coarse)
+
+    def added(*cases: Case) -> np.ndarray:
+        return sums_of(manifest.model_copy(update={"cases": cases}), layout)
+
+    whole = added(*manifest.cases)
+    for place in (0, 100, 200):
+        without = added(*manifest.cases[:place], *manifest.cases[place + 1 :])
+        np.testing.assert_allclose(whole - without, added(manifest.cases[place]), rtol=0, atol=1e-9)
+
+
+def test_what_shows_one_class_alone_is_not_divided_among_all() -> None:
+    """Grades are one of their classes, as kinds are: noise is for what they can come to, and no more."""
+    kinds = check(build_manifest("phantom://xray-nodules?cases=8&size=16"))
+    grades, labels = (
+        Layout(Schema.of(kinds).model_copy(update={"task": task}), coarse=True) for task in ("ordinal", "multilabel")
+    )
+    assert grades.shown() == Layout(Schema.of(kinds), coarse=True).shown() == 1.0
+    assert labels.shown() == pytest.approx(2**0.5)
 
 
 def test_with_noise_it_is_still_of_use_or_says_that_it_is_not(table: Manifest) -> None:

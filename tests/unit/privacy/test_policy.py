@@ -8,8 +8,8 @@ import pytest
 
 from medray.config.federation_files import SiteConfig
 from medray.config.schema import Experiment
-from medray.errors import PolicyError
-from medray.privacy.policy import Request, decide, recipe_digest, within
+from medray.errors import PolicyError, WithheldError
+from medray.privacy.policy import Request, decide, decide_fingerprint, decide_survey, recipe_digest, within
 
 NOON = dt.datetime(2026, 11, 28, 12, 0)
 REQUEST = Request(
@@ -57,10 +57,11 @@ def test_what_keeps_the_rules_passes() -> None:
             "over 4 sites (federation.quorum), fewer than privacy.least_sites=5",
         ),
         ({"allow": {"rounds": 5}}, {}, {}, "10 rounds"),
-        ({"allow": {"local_epochs": 1}}, {"local_epochs": 2}, {}, "allow.local_epochs=1"),
+        ({"allow": {"local_epochs": 1}}, {"local_epochs": 2}, {}, "2 passes over the data in a round are more"),
+        ({"allow": {"local_steps": 9}}, {"local_epochs": None, "local_steps": 10}, {}, "allow.local_steps=9"),
         ({}, {"epsilon": None}, {}, "no differential privacy"),
         ({}, {"epsilon": 3.5}, {}, "privacy.epsilon_per_run=3"),
-        ({}, {}, {"spent": 6.01}, "on top of 6.01"),
+        ({}, {}, {"spent": 6.01}, "on top of what was spent this year is more than privacy.epsilon_per_year=8"),
         ({}, {"delta": 1e-3}, {}, "privacy.delta"),
         ({}, {"noise": 0.1}, {}, "privacy.least_noise"),
         ({"privacy": {"unit": ["patient"]}}, {}, {}, "privacy.unit (patient)"),
@@ -75,6 +76,31 @@ def test_what_breaks_one_is_refused_and_says_which(
         ask(rules(**site), replace(REQUEST, **request_), **more)
     assert reason in str(refused.value)
     assert str(refused.value).count(";") == 0, "one rule was broken, and one reason is given"
+
+
+def test_what_was_spent_is_told_to_the_sites_own_log_alone() -> None:
+    for asks in (ask, lambda site, spent: decide_survey(site, REQUEST, now=NOON, spent=spent, patients=100)):
+        with pytest.raises(WithheldError) as refused:
+            asks(rules(), spent=6.017)
+        assert "6.02" in refused.value.exactly and "6.0" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "leaves"),
+    [
+        ({}, False),
+        ({"required": False}, True),
+        ({"required": False, "require_secure_aggregation": True}, False),
+        ({"require_secure_aggregation": True, "share_fingerprint": True}, True),
+    ],
+)
+def test_whose_exact_fingerprint_leaves(privacy: dict[str, Any], leaves: bool) -> None:
+    site = rules(privacy=privacy)
+    if leaves:
+        decide_fingerprint(site, now=NOON, patients=100)
+        return
+    with pytest.raises(PolicyError, match=r"share_fingerprint false.*secure_aggregation"):
+        decide_fingerprint(site, now=NOON, patients=100)
 
 
 def test_all_reasons_are_given_at_once() -> None:

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from medray.config.federation import FederationConfig
 from medray.errors import FederationError
 from medray.learn.aggregation.aggregator import Aggregator
-from medray.learn.aggregation.checks import fault, norm, too_long, usual_norm
+from medray.learn.aggregation.checks import fault, norm, too_long, unreal, usual_norm
 from medray.learn.aggregation.mean import Weights, mean
 from medray.learn.aggregation.robust import krum, median, trimmed_mean
 
@@ -94,6 +94,16 @@ def test_every_fault_of_form_is_named() -> None:
     assert "float64" in str(fault({**good, "a": good["a"].astype(np.float64)}, zeros()))
     for value in (np.nan, np.inf):
         assert "NaN or infinite" in str(fault({**good, "b": np.array(value, np.float32)}, zeros()))
+
+
+def test_a_variance_below_nothing_is_none_and_rounding_is_no_fault() -> None:
+    weights = {"n.running_var": np.array([0.001, 2.0], np.float32), "w": np.zeros(2, np.float32)}
+
+    def found(*moved: float) -> str | None:
+        return unreal({"n.running_var": np.array(moved, np.float32), "w": np.full(2, -9, np.float32)}, weights)
+
+    assert "isn't negative" in str(found(-1e6, 0.0)) and "isn't negative" in str(found(0.0, -2.5))
+    assert found(0.5, -2.0) is None and found(-0.001, 5.0) is None and found(-0.002, -1.9) is None
 
 
 def test_a_hundredfold_update_is_too_long_even_of_two() -> None:

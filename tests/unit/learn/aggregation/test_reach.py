@@ -19,6 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.5},
     "adam": {"name": "adam", "lr": 1e-2},
     "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "clip_norm": 1.0, "weight_decay": 0.1},
+    "sgd that forgets nothing": {"name": "sgd", "lr": 0.1, "momentum": 1.0, "clip_norm": 1.0},
     "sgd without momentum": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "clip_norm": 1.0},
 }
 
@@ -73,6 +74,8 @@ def test_a_warm_up_reaches_less_and_what_bounds_nothing_says_so() -> None:
     assert later is not None and slow < fast / 5 < later <= fast
     whole = reach(spec(optim={"lr": 0.1}), weights, 10**9)
     assert whole is not None and np.isfinite(whole)
+    heavy = reach(spec(optim={"name": "sgd", "momentum": 1.0}), weights, 10**9)
+    assert heavy is not None and np.isfinite(heavy)
     assert reach(spec(optim={"name": "sgd", "clip_norm": 0.0}), weights, 1) is None
     private = {"privacy": {"epsilon": 1.0}, "train": {"precision": "fp32"}}
     assert reach(spec(optim={"name": "sgd"}, **private), weights, 1) is None

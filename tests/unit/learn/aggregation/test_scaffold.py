@@ -13,7 +13,7 @@ from torch import nn
 from medray.config.federation import FederationConfig
 from medray.config.schema import Experiment
 from medray.learn.aggregation.aggregator import Aggregator
-from medray.learn.aggregation.scaffold import attach_correction, moved_control, parted, travelled
+from medray.learn.aggregation.scaffold import attach_correction, parted, travelled
 from medray.learn.schedules import Schedule
 
 ROUNDS, STEPS, RATE = 5, 4, 0.1
@@ -61,32 +61,36 @@ def by_the_formula() -> np.ndarray[Any, Any]:
 
 
 def by_the_parts(cut: bool) -> np.ndarray[Any, Any]:
-    """With the optimiser, the aggregator and what the sites keep; ``cut``: through the checkpoint after each round."""
+    """With the optimiser and the aggregator; ``cut``: through the checkpoint after each round.
+
+    A site that isn't asked by the formula trains all the same: what comes too late has no part in anything.
+    """
     config, schedule = EXPERIMENT.federation, Schedule(EXPERIMENT.schedule)
     aggregator, weights = Aggregator(config), {"weight": np.zeros((1, 3), np.float64)}
-    own: list[dict[str, Any]] = [{} for _ in range(3)]
     for number, asked in enumerate(ASKED):
-        control = aggregator.control(weights)
-        sent, told = parted({**weights, **{f"control/{name}": value for name, value in control.items()}})
-        assert sent.keys() == told.keys() == {"weight"}
-        updates = []
-        for site in asked:
+        updates = {}
+        for site in range(3):
+            more = aggregator.correction(weights, f"s/{site}")
+            sent, correction = parted({**weights, **{f"correction/{name}": value for name, value in more.items()}})
+            assert sent.keys() == correction.keys() == {"weight"}
             features, target = (torch.from_numpy(part) for part in data()[site])
             model = nn.Linear(3, 1, bias=False).double()
             model.load_state_dict({"weight": torch.from_numpy(sent["weight"].copy())})
             optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-            correction = {name: value - own[site].get(name, 0.0) for name, value in told.items()}
             attach_correction(optimizer, model, {name: torch.from_numpy(value) for name, value in correction.items()})
             for step in range(STEPS):
                 optimizer.param_groups[0]["lr"] = RATE * schedule.factor(number * STEPS + step, ROUNDS * STEPS)
                 optimizer.zero_grad()
                 ((model(features)[:, 0] - target) ** 2).mean().backward()
                 optimizer.step()
-            update = {"weight": model.weight.detach().numpy() - sent["weight"]}
-            own[site] = moved_control(own[site], told, update, travelled(EXPERIMENT, number))
-            updates.append(update)
-        share = len(asked) / 3
-        weights = aggregator(weights, updates, [1.0] * len(asked), travelled=travelled(EXPERIMENT, number), share=share)
+            updates[site] = {"weight": model.weight.detach().numpy() - sent["weight"]}
+        weights = aggregator(
+            weights,
+            [updates[site] for site in asked],
+            [1.0] * len(asked),
+            sites=[f"s/{site}" for site in asked],
+            travelled=travelled(EXPERIMENT, number),
+        )
         if cut:
             state, aggregator = aggregator.state(), Aggregator(config)
             aggregator.load_state(state)
@@ -99,12 +103,30 @@ def test_the_trajectory_is_that_of_the_formula(cut: bool) -> None:
     assert np.abs(found - by_the_formula()).max() < 1e-9 and np.abs(found).max() > 0.1
 
 
+def test_corrections_cancel_out_over_the_sites_that_are_known() -> None:
+    """By the weights that their updates have; whoever is missing from a round, and whoever is new, biases nobody."""
+    rng, counts = np.random.default_rng(0), {"a": 10.0, "b": 30.0, "c": 20.0}
+    aggregator, weights = Aggregator(EXPERIMENT.federation), {"w": np.zeros(4, np.float32)}
+    for there in ("ab", "b", "ac", "abc", "c"):
+        updates = [{"w": rng.normal(size=4).astype(np.float32)} for _ in there]
+        aggregator(weights, updates, [counts[name] for name in there], sites=there, travelled=0.4)
+        known = [name for name in "abc" if np.any(aggregator.correction(weights, name)["w"])]
+        total = sum(counts[name] * aggregator.correction(weights, name)["w"].astype(float) for name in known)
+        assert np.abs(total).max() < 1e-4
+        if there == "ab":
+            assert known == ["a", "b"], "c is not corrected by what nobody knows"
+    assert known == ["a", "b", "c"]
+
+
 def test_statistics_have_no_control_and_other_strategies_none_at_all() -> None:
     weights = {"w": np.ones(2, np.float32), "mean": np.ones(2, np.float32)}
-    assert Aggregator(EXPERIMENT.federation, {"mean"}).control(weights).keys() == {"w"}
-    assert Aggregator(FederationConfig()).control(weights) == {}
-    still = moved_control({"w": np.ones(2)}, {"w": np.full(2, 9.0)}, {"w": np.ones(2)}, 0.0)
-    assert still["w"].tolist() == [1.0, 1.0], "no learning rate, nothing learned"
+    aggregator = Aggregator(EXPERIMENT.federation, {"mean"})
+    assert aggregator.correction(weights, "a").keys() == {"w"}
+    assert Aggregator(FederationConfig()).correction(weights, "a") == {}
+    for travelled_, factor in ((1.0, 1), (0.0, 100)):  # no learning rate, nothing learned
+        updates = [{name: factor * sign * value for name, value in weights.items()} for sign in (1, -1)]
+        aggregator(weights, updates, [1.0, 1.0], sites="ab", travelled=travelled_)
+        assert aggregator.correction(weights, "a")["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

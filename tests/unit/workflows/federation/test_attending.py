@@ -269,7 +269,7 @@ def test_what_would_reach_beyond_the_rules_is_refused(tmp_path: Path) -> None:
     site = guard(tmp_path, privacy={"required": False})
     with pytest.raises(PolicyError, match="names a file here"):
         site("train", question(model={"pretrained": "/srv/other/weights.safetensors"}))
-    with pytest.raises(PolicyError, match=r"allow\.local_epochs=10"):
+    with pytest.raises(PolicyError, match=r"allow\.local_steps=10000"):
         site("train", question(federation={"local_steps": 10**6}))
     with pytest.raises(PolicyError, match=r"allow\.local_epochs=10"):
         site("train", question(train={"samples_per_case": 1000}))
@@ -282,6 +282,34 @@ def test_what_would_reach_beyond_the_rules_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="fewest=100"):
         small("query", Parcel(text={"ask": "fingerprint"}))
     assert all(len(str(line.about)) < 5000 for line in Audit(tmp_path / "picky" / "audit.jsonl").read())
+
+
+def test_no_refusal_tells_how_many_cases_there_are(tmp_path: Path) -> None:
+    """Rounds are refused whatever the data; beside that no reason may come and go with the number of cases."""
+    said = set()
+    for cases in (40, 4000):
+        folder = tmp_path / str(cases)
+        manifest(cases=cases).save(folder / "work" / "site" / "manifest.json")
+        place = SiteFolder(name="kiel", directory=str(folder / "work" / "site"), cache=str(folder / "cache"))
+        site = Guard(rules(folder, privacy={"required": False}), manifest(cases=cases), place)
+        with pytest.raises(PolicyError) as refused:
+            site("train", question(federation={"rounds": 100_000, "local_steps": 600}))
+        said.add(str(refused.value))
+    assert len(said) == 1 and "rounds" in said.pop()
+
+
+def test_a_year_that_is_used_up_refuses_training_and_no_last_look(tmp_path: Path) -> None:
+    """What exactly was spent stands in the site's own log alone."""
+    site = guard(tmp_path)
+    other = {**PRIVATE, "privacy": {"epsilon": 3.0, "delta": 1e-5}}
+    site._charges("b" * 64 + "/other", PLAN, 30)
+    spent = site.ledger.spent(this_year=True).epsilon
+    tight = guard(tmp_path, privacy={"epsilon_per_run": 3.0, "epsilon_per_year": 3.0})
+    with pytest.raises(PolicyError, match="on top of what was spent") as refused:
+        tight("train", question(**other))
+    assert f"{spent:.3g}" not in str(refused.value)
+    assert f"{spent:.3g} spent" in str(Audit(tmp_path / "audit.jsonl").read()[-1].about["reason"])
+    tight("evaluate", question(**other))
 
 
 def test_one_process_is_a_site(tmp_path: Path) -> None:

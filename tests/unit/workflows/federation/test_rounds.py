@@ -117,6 +117,23 @@ def test_a_bad_update_is_quarantined_named_and_moves_nothing(tmp_path: Path, bad
     assert found.weights["w"] == pytest.approx([2.0, 2.0], abs=0.5)
 
 
+def test_a_variance_below_nothing_is_quarantined_however_short_the_update(tmp_path: Path) -> None:
+    class Normed(FakeHub):
+        def ask(self, kind: Kind, parcels: Mapping[str, Parcel], deadline: float) -> dict[str, Parcel]:
+            found = super().ask(kind, parcels, deadline)
+            for name, answer in found.items() if kind == "train" else ():
+                moved = np.array([-3.0 if name == "a" else -0.5], np.float32)
+                arrays = {**answer.arrays, "norm.running_var": moved}
+                found[name] = Parcel(text=answer.text, arrays=arrays, size=answer.size)
+            return found
+
+    made = rounds(tmp_path, Normed(), rounds=1)
+    made.weights = made.best_weights = {**start(), "norm.running_var": np.ones(1, np.float32)}
+    [entry] = made.run(tuple(GOAL)).history
+    assert entry["sites"]["a"]["state"] == "quarantined" and "isn't negative" in entry["sites"]["a"]["reason"]
+    assert made.weights["norm.running_var"] == pytest.approx([0.5])
+
+
 def test_the_late_and_the_failed_miss_their_round_alone(tmp_path: Path) -> None:
     late: Bad = lambda number, answer: None if number == 1 else answer  # noqa: E731
     failed: Bad = lambda number, answer: Parcel(error="disk full") if number == 2 else answer  # noqa: E731

@@ -24,7 +24,7 @@ from medray.privacy.policy import recipe_digest
 from medray.privacy.secagg.identity import Signer
 from medray.workflows.federation import site as sites
 from medray.workflows.federation.attending import Guard
-from medray.workflows.federation.keeping import RUNS, kept_state, run_folder
+from medray.workflows.federation.keeping import RUNS, run_folder
 from medray.workflows.federation.rounds import Rounds
 from medray.workflows.federation.sealing import KeptBackError
 from medray.workflows.federation.shared import arrays_of, shared_names, statistics_of
@@ -210,6 +210,50 @@ def test_what_may_not_be_paid_for_is_refused_before_an_image_is_read(
     assert worker("evaluate", ask(table, spec(privacy=PRIVATE))).text == {"metrics": {}, "judged": 0}
 
 
+def test_a_last_look_costs_nothing_and_a_site_that_never_trained_reads_nothing_for_it(
+    table: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charged: list[int] = []
+    notes: list[str] = []
+    experiment = spec(privacy=PRIVATE, federation={"local": ["head.bias"]})
+
+    def worker() -> SiteWorker:
+        return SiteWorker(
+            place(table, tmp_path),
+            charge=lambda _, steps: charged.append(steps),
+            note=notes.append,
+            models=tmp_path / "models",
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sites.PreparedStore, "open_or_build", lambda *_: 1 / 0)
+        assert worker()("evaluate", ask(table, experiment, 3)).text == {"metrics": {}, "judged": 0}
+    assert charged == [] and "trained in no round" in notes[0]
+    for number in range(3):
+        worker()("train", ask(table, experiment, number))
+    before = list(charged)
+    worker()("evaluate", ask(table, experiment, 3))
+    assert charged == before and "its own model is" in notes[-1]
+
+
+def test_a_sites_finished_model_is_not_replaced_by_other_weights(table: Manifest, tmp_path: Path) -> None:
+    notes: list[str] = []
+    experiment = spec(federation={"local": ["head.bias"]})
+    worker = SiteWorker(place(table, tmp_path), note=notes.append, models=tmp_path / "models")
+    for number in range(3):
+        worker("train", ask(table, experiment, number))
+    last = ask(table, experiment, 3)
+    worker("evaluate", last)
+    [bundle] = (tmp_path / "models").glob("*/bundle.json")
+    made = bundle.stat().st_mtime_ns
+    other = Parcel(text=last.text, arrays={name: value + 1 for name, value in last.arrays.items()})
+    with pytest.raises(FederationError, match="made of other weights"):
+        worker("evaluate", other)
+    assert worker("evaluate", last).text["judged"] > 0 and bundle.stat().st_mtime_ns == made
+    digest = bundle.parent.with_name(f"{bundle.parent.name}.sha256").read_text(encoding="utf-8").strip()
+    assert len(notes) == 1 and digest in notes[0]
+
+
 def test_under_secure_aggregation_one_question_of_a_round_is_answered(table: Manifest, tmp_path: Path) -> None:
     """Of two sums with other sites in them, the difference could be one site's update."""
     experiment = spec(federation={"secure_aggregation": True, "quorum": 3})
@@ -305,16 +349,18 @@ def test_scaffold_corrects_each_step_and_its_controls_meet_at_the_server(table: 
     parcel = ask(table, experiment)
     c = {name: np.full_like(value, 0.5) for name, value in parcel.arrays.items()}
     asked = Parcel(
-        text=parcel.text, arrays={**parcel.arrays, **{f"control/{name}": value for name, value in c.items()}}
+        text=parcel.text, arrays={**parcel.arrays, **{f"correction/{name}": value for name, value in c.items()}}
     )
     bare = SiteWorker(place(table, tmp_path / "bare"))("train", ask(table, without)).arrays
     corrected = SiteWorker(place(table, tmp_path / "corrected"))("train", asked).arrays
-    for name, value in bare.items():  # its own control variate is 0 in a first round
+    for name, value in bare.items():
         assert np.allclose(corrected[name], value - 0.1 * c[name], atol=1e-6)
     with pytest.raises(FederationError, match="don't fit"):
         SiteWorker(place(table, tmp_path / "none"))("train", parcel)
-    # Two sites alike in size: after any round the server's is the mean of the sites' own.
+    # Of two sites alike in size: what one is pulled by, the other is pushed by.
     folders = tuple(place(table, tmp_path / name, name) for name in ("jena", "kiel"))
+    other = table.model_copy(update={"cases": tuple(c.model_copy(update={"label": 1 - c.label}) for c in table.cases)})
+    other.save(Path(folders[1].directory) / "manifest.json")
     model = new_model(experiment, table)
     start = arrays_of(model, shared_names(model, experiment.federation))
     made = Rounds(
@@ -326,13 +372,10 @@ def test_scaffold_corrects_each_step_and_its_controls_meet_at_the_server(table: 
         objective=("val/auc", "max"),
     )
     made.run(("jena", "kiel"))
-    own = [
-        kept_state(run_folder(Path(folder.directory), recipe_digest(experiment), made._name))["control"]
-        for folder in folders
-    ]
-    for name, value in made.aggregator.control(made.weights).items():
+    jena, kiel = (made.aggregator.correction(made.weights, name) for name in ("jena", "kiel"))
+    for name, value in jena.items():
         assert np.abs(value).max() > 1e-3
-        assert np.allclose(value, np.mean([one[name].numpy() for one in own], axis=0), atol=1e-5)
+        assert np.allclose(value, -kiel[name], atol=1e-6)
 
 
 def test_too_few_patients_neither_train_nor_validate(

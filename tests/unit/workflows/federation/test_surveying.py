@@ -20,9 +20,10 @@ from medray.data.layouts import build_manifest
 from medray.data.manifest import Manifest
 from medray.engines.flower.inprocess import in_process
 from medray.engines.flower.parcel import Hub, Kind, Parcel
-from medray.errors import FederationError
+from medray.errors import DataError, FederationError
 from medray.privacy.credentials import issue_node, new_authority
 from medray.workflows.federation import leading
+from medray.workflows.federation import surveying as surveys
 from medray.workflows.federation.attending import Guard
 from medray.workflows.federation.leading import _lead
 from medray.workflows.federation.site import SiteFolder
@@ -54,12 +55,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
 class Network:
     """Guarded sites in this process; keeps all that leaves them, with the question."""
 
-    def __init__(self, data: dict[str, Manifest], folder: Path, **rules: Any) -> None:
+    def __init__(
+        self, data: dict[str, Manifest], folder: Path, *, names: tuple[str, ...] = SITES, **rules: Any
+    ) -> None:
         now = dt.datetime.now(dt.UTC)
         self.authority = new_authority("f", now=now)
         self.left: list[tuple[str, Parcel]] = []
+        self.folder, self.away, self.runs = folder, set[tuple[str, str]](), 0
         self.guards: list[Guard] = []
-        for name in SITES:
+        self.names = names
+        for name in names:
             tree: dict[str, Any] = {"federation": "f", "name": name, "server": "localhost:1", "data": "-", **rules}
             own = SiteConfig.model_validate(tree).at(folder / name)
             data[name].save(own.work / "site" / "manifest.json")
@@ -73,20 +78,27 @@ class Network:
     def hub(self) -> Hub:
         def opened(number: int) -> Callable[[Kind, Parcel], Parcel]:
             def answer(kind: Kind, parcel: Parcel) -> Parcel:
+                if (self.names[number], str(parcel.text.get("ask", kind))) in self.away:
+                    raise FederationError("gone")
                 found = self.guards[number](kind, parcel)
                 self.left.append((str(parcel.text.get("ask", kind)), found))
                 return found
 
             return answer
 
-        return in_process(opened, len(SITES))
+        return in_process(opened, len(self.names))
 
-    def survey(self, delta: float = 1e-5, seed: int = 0, **federation: Any) -> Surveyed:
+    def survey(
+        self, delta: float = 1e-5, seed: int = 0, *, run: Path | None = None, sites: Any = SITES, **federation: Any
+    ) -> Surveyed:
+        """In a run's folder of its own, or that of a former one."""
+        self.runs += 1
         self.said: list[str] = []
         config = leading._federation({"federation": {"quorum": 2, **federation}})
         experiment = surveying(config, delta=delta, seed=seed)
         authority = self.authority.certificate
-        return survey(self.hub(), SITES, experiment, authority=authority, said=self.said.append)
+        run = run or self.folder / f"run-{self.runs}"
+        return survey(self.hub(), sites, experiment, run, authority=authority, said=self.said.append)
 
 
 def near(found: Fingerprint, exact: Fingerprint) -> None:
@@ -172,6 +184,70 @@ def test_the_same_question_has_the_same_answer_and_is_paid_for_once(data: dict[s
         guard("query", Parcel(text={**text, "schema": {**schema.model_dump(), "channels": 5}}))
 
 
+@pytest.mark.parametrize("secure", [{}, SECURE])
+def test_a_survey_that_broke_off_goes_on_and_is_paid_for_once(
+    data: dict[str, Manifest], tmp_path: Path, secure: dict[str, Any]
+) -> None:
+    """Whatever it lacked; a third site that was away comes into the same survey."""
+    network, run = Network(data, tmp_path), tmp_path / "run"
+    network.away = {("kiel", "sums")}
+    how = {"fingerprint_epsilon": 1.0, **secure, "quorum": 3}
+    for _ in range(2):
+        with pytest.raises(FederationError, match="2 of 3 sites"):
+            network.survey(run=run, **how)
+    network.away = set()
+    for _ in range(2):  # so few patients' sums are lost in the noise, which is found out once all have told
+        with pytest.raises(FederationError, match="exceeds the noise"):
+            network.survey(run=run, **how)
+    assert [len(guard.ledger.entries()) for guard in network.guards] == [1, 1, 1]
+
+
+def test_exact_sums_that_were_opened_can_be_had_again_after_a_crash(data: dict[str, Manifest], tmp_path: Path) -> None:
+    network, run = Network(data, tmp_path, privacy={"required": False}), tmp_path / "run"
+    first, again = (network.survey(run=run, **SECURE).fingerprint for _ in range(2))
+    assert first == again
+
+
+def test_a_file_that_can_not_be_read_costs_nothing(
+    data: dict[str, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(data, tmp_path)
+
+    def broken(*_: Any) -> None:
+        raise DataError("case 7")
+
+    monkeypatch.setattr(surveys, "sums_of", broken)
+    with pytest.raises(FederationError, match="DataError while it worked"):
+        network.survey(fingerprint_epsilon=1.0)
+    assert not any(guard.ledger.entries() for guard in network.guards)
+
+
+def test_exact_sums_are_told_among_one_group_of_sites(data: dict[str, Manifest], tmp_path: Path) -> None:
+    """Of two groups' sums the difference could be one site's, by whatever round, run or seed they are asked for."""
+    four = (*SITES, "ulm")
+    network = Network({**data, "ulm": data["bonn"]}, tmp_path, names=four, privacy={"required": False})
+    assert network.survey(sites=four, **SECURE).sites == 4
+    for seed in (1, 2):
+        with pytest.raises(FederationError, match="exact sums of these data among bonn, jena, kiel, ulm"):
+            network.survey(seed=seed, **SECURE)
+    assert network.survey(seed=3, sites=four, **SECURE).sites == 4, "the same once more says nothing new"
+    experiment = surveying(leading._federation({"federation": SECURE}), delta=1e-5)
+    schema = Schema.of(data["bonn"]).model_dump(mode="json")
+    document = experiment.model_dump(mode="json")
+    text = {"ask": "sums", "experiment": document, "run": "a" * 32, "round": 1, "schema": schema}
+    with pytest.raises(FederationError, match="a survey has one round"):
+        network.guards[0]("query", Parcel(text=text))
+
+
+def test_sites_whose_files_tell_another_modality_are_surveyed_together(
+    data: dict[str, Manifest], tmp_path: Path
+) -> None:
+    other = "MR" if data["jena"].modality != "MR" else "CT"
+    mixed = {**data, "jena": data["jena"].model_copy(update={"modality": other})}
+    network = Network(mixed, tmp_path, privacy={"required": False})
+    assert network.survey(**SECURE).sites == 3
+
+
 def test_too_few_patients_tell_nothing(data: dict[str, Manifest], tmp_path: Path) -> None:
     network = Network(data, tmp_path, privacy={"required": False}, fewest=70)
     found = network.survey()  # bonn has 60
@@ -189,6 +265,10 @@ def test_a_run_plans_from_the_sum_and_says_so(
     explicit = {"device": "cpu", "model": {"name": "linear"}, "federation": {**SECURE, "rounds": 1}}
     (run / "asked.yaml").write_text(yaml.safe_dump(explicit), encoding="utf-8")
     (tmp_path / "ca.crt").write_bytes(network.authority.certificate)
+    network.away = {("kiel", "sums")}
+    with pytest.raises(FederationError, match="2 of 3 sites"):
+        _lead(network.hub(), run, time.monotonic(), tmp_path / "ca.crt")
+    network.away = set()  # and goes on, with what the two others have answered to
     _lead(network.hub(), run, time.monotonic(), tmp_path / "ca.crt")
     near(Fingerprint.load(run / "fingerprint.json"), measure(data["all"]))
     assert "made from exact sums over 3 sites" in (run / "report.html").read_text(encoding="utf-8").replace(
