@@ -50,7 +50,7 @@ def finish(driver: StudyDriver, task: TrialTask) -> None:
     value = score(task.params)
     for fraction in (1 / 9, 1 / 3, 1.0):
         metrics = {"val/dice": value - (1 - fraction), "val/loss": 1.0}
-        if driver.report(task.number, round(100 * fraction), fraction, metrics):
+        if driver.report(task.number, round(99 * fraction), fraction, metrics):
             driver.prune(task.number)
             return
     driver.complete(task.number, TrialOutcome(metrics={"val/dice": value, "latency_ms": abs(value) * 10}, seconds=1.0))
@@ -266,6 +266,40 @@ def test_an_asha_study_is_stored_with_pruned_trials_and_their_values(tmp_path: P
         assert trial.intermediate_values[111] == pytest.approx(score(trial.params) - 8 / 9)
     assert all(list(trial.intermediate_values) == [111, 333, 1000] for trial in ended)
     assert all(trial.value == pytest.approx(score(trial.params)) for trial in ended)
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["file", "memory"])
+def test_a_plan_that_is_extended_late_moves_its_reports_and_loses_none(tmp_path: Path, in_memory: bool) -> None:
+    config = StudyConfig(trials=12, pruner="curve")
+    file = MemoryFile() if in_memory else None
+    with StudyDriver(Space.parse(SPACE), config, {"val/dice": "max"}, tmp_path, DEFAULT, file=file) as driver:
+        other, leading = driver.ask(), driver.ask()
+        assert other is not None and leading is not None
+        driver.report(other.number, 1000, 1.0, {"val/dice": 0.91})
+        for step, dice in ((200, 0.86), (300, 0.87), (500, 0.89), (700, 0.92), (850, 0.93)):
+            assert not driver.report(leading.number, step, step / 1000, {"val/dice": dice})
+        # Another program had gone: 1700 steps are planned now. On a warm restart it's worse for a while.
+        assert not driver.report(leading.number, 851, 851 / 1700, {"val/dice": 0.88})
+        assert not driver.report(leading.number, 1054, 1054 / 1700, {"val/dice": 0.87})
+        history = driver.record(leading.number).history
+        assert [entry["step"] for entry in history] == [200, 300, 500, 700, 850, 851, 1054]
+        assert [entry["fraction"] for entry in history] == pytest.approx([e["step"] / 1700 for e in history])
+        driver.prune(leading.number)
+        stored = driver._study.trials[leading.number]
+        places = {round(1000 * entry["fraction"]): entry["metrics"]["val/dice"] for entry in history}
+        assert stored.intermediate_values == places and stored.value == 0.87
+
+
+def test_a_resumed_trial_leaves_optuna_nothing_that_did_not_happen(tmp_path: Path) -> None:
+    with study(tmp_path) as driver:
+        lost = driver.ask()
+        assert lost is not None
+        for step in (1, 2, 3, 4):
+            driver.report(lost.number, step, step / 10, {"val/dice": 0.1 * step})
+    with study(tmp_path) as driver:
+        assert driver.ask() == lost
+        driver.report(lost.number, 3, 0.3, {"val/dice": 0.5})
+        assert driver._study.trials[0].intermediate_values == pytest.approx({100: 0.1, 200: 0.2, 300: 0.5})
 
 
 def test_a_study_in_memory_draws_and_stops_as_one_in_a_file(tmp_path: Path) -> None:
