@@ -179,7 +179,7 @@ def make_predictor(
             )
         else:
             made = OnnxPredictor(path, threads=threads, provider=device, precision=wanted)
-    check_golden(made, *bundle.golden(), bundle.spec.kind)
+    check_golden(made, *bundle.golden(), bundle.spec.kind, bundle.spec.temperature)
     return made
 
 

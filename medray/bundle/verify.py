@@ -39,14 +39,19 @@ class Parity:
     met: bool
 
 
-def compare(runtime: str, precision: str, logits: Floats, golden: Floats, kind: str) -> Parity:
-    """Measure logits (N, O[, *s]) against golden ones by the rule of ``precision``."""
+def compare(
+    runtime: str, precision: str, logits: Floats, golden: Floats, kind: str, temperature: float = 1.0
+) -> Parity:
+    """Measure logits (N, O[, *s]) against golden ones by the rule of ``precision``.
+
+    Answers and probabilities are those of logits over ``temperature``, as the bundle gives them.
+    """
     if logits.shape != golden.shape:
         raise BundleError(f"{runtime} gives logits of shape {logits.shape}; the golden ones have {golden.shape}")
     if not np.isfinite(logits).all():
         return Parity(runtime=f"{runtime} {precision}", logits=float("inf"), alike=0.0, probability=1.0, met=False)
     difference = float(np.abs(logits - golden).max(initial=0.0))
-    ours, theirs = probabilities(logits, kind), probabilities(golden, kind)
+    ours, theirs = probabilities(logits, kind, temperature), probabilities(golden, kind, temperature)
     gap = np.abs(ours - theirs)
     task = find_task(kind)
     if task.dense:
@@ -61,16 +66,18 @@ def compare(runtime: str, precision: str, logits: Floats, golden: Floats, kind: 
     return Parity(runtime=f"{runtime} {precision}", logits=difference, alike=alike, probability=probability, met=met)
 
 
-def check_golden(predictor: Predictor, inputs: Floats, golden: Floats, kind: str) -> Parity:
+def check_golden(predictor: Predictor, inputs: Floats, golden: Floats, kind: str, temperature: float = 1.0) -> Parity:
     """Run golden inputs (N, C, *s), one at a time and as a batch, and hold the logits against the golden ones.
+
+    ``temperature`` is the bundle's, see :func:`compare`.
 
     Raises:
         BundleError: the rule for the predictor's precision does not hold.
     """
     singles = np.concatenate([predictor(inputs[index : index + 1]) for index in range(len(inputs))])
-    found = [compare(predictor.name, predictor.precision, singles, golden, kind)]
+    found = [compare(predictor.name, predictor.precision, singles, golden, kind, temperature)]
     if len(inputs) > 1:
-        found.append(compare(predictor.name, predictor.precision, predictor(inputs), golden, kind))
+        found.append(compare(predictor.name, predictor.precision, predictor(inputs), golden, kind, temperature))
     worst = max(found, key=lambda parity: (not parity.met, parity.logits))
     if not worst.met:
         rule = (

@@ -142,9 +142,9 @@ def write_bundle(
         seal(partial, spec)
         opened = Bundle.open(partial)
         # The twin that a reader will build, not the one in our hands: config and weights must belong together.
-        check_golden(TorchPredictor(opened.model()), inputs, logits, kind)
+        check_golden(TorchPredictor(opened.model()), inputs, logits, kind, temperature)
         if onnx:
-            check_golden(OnnxPredictor(partial / ONNX_NAME), inputs, logits, kind)
+            check_golden(OnnxPredictor(partial / ONNX_NAME), inputs, logits, kind, temperature)
         _replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +194,8 @@ def derive(source: Bundle, directory: Path, *, onnx: Path | None = None, history
         seal(partial, source.spec.model_copy(update=changes))
         opened = Bundle.open(partial)
         if onnx is not None:
-            check_golden(OnnxPredictor(partial / ONNX_NAME, precision="int8"), *opened.golden(), opened.spec.kind)
+            engine = OnnxPredictor(partial / ONNX_NAME, precision="int8")
+            check_golden(engine, *opened.golden(), opened.spec.kind, opened.spec.temperature)
         _replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

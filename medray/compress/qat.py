@@ -51,7 +51,7 @@ class RoundedWeight(nn.Module):
 
 
 class RoundedActivation(nn.Module):
-    """An activation as unsigned 8 bits hold it, within a range that follows what is seen in training.
+    """An activation as unsigned 8 bits hold it, within a range that follows what is seen in training, with gradients.
 
     Attributes:
         low, high: of the range, which holds 0.
@@ -69,8 +69,9 @@ class RoundedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded, and cut at the range's ends."""
+        learns = torch.is_grad_enabled()  # a first pass that only sums up shows the same activations
         with torch.no_grad():
-            if self.measures or self.training:
+            if self.measures or (self.training and learns):
                 low, high = x.detach().aminmax()
                 if self.measures:
                     self.low.copy_(torch.minimum(self.low, low))

@@ -1,9 +1,9 @@
 """Magnitude pruning: single weights become zero, layer by layer as many as the layer can spare.
 
 Which ones is told by the layer-adaptive score of Lee et al. 2021 (LAMP, arXiv:2010.07611): a weight's square over the
-squares of all weights of its layer that are not smaller. One threshold holds for the whole network, and no layer can
-lose all of its weights, since the largest of each scores 1. The zeros make the file pack better; dense kernels multiply
-by them all the same, so that nothing need become faster.
+squares of all weights of its layer that are not smaller. One threshold holds for the whole network, and no layer
+loses all of its weights: the largest of each scores 1 and is kept whatever the share. The zeros make the file pack
+better; dense kernels multiply by them all the same, so that nothing need become faster.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def sparsify(model: nn.Module, share: float) -> nn.Module:
     flat = torch.cat([score.flatten() for score in scores])
     threshold = flat.kthvalue(max(1, round(share * len(flat)))).values
     for layer, score in zip(layers, scores, strict=True):
-        parametrize.register_parametrization(layer, "weight", Masked((score > threshold).float()), unsafe=True)
+        keep = (score > threshold) | (score == 1)
+        parametrize.register_parametrization(layer, "weight", Masked(keep.float()), unsafe=True)
     return sparse
 
 

@@ -1,9 +1,9 @@
 """Losses over logits.
 
 Shapes: logits (B, K) or (B, K, *spatial); a list of them, full resolution first, under deep supervision. The
-    heteroscedastic losses take (B, 2 K[, *spatial]): logits, then the log-variance of each.
-Targets: segmentation (B, *spatial) int64; classification (B,) int64, or (B, K) float probabilities (mixup); multilabel
-    (B, K) float.
+    heteroscedastic losses take (B, 2 K[, *spatial]): logits, then the log-variance of each. Ordinal: (B, K - 1).
+Targets: segmentation (B, *spatial) int64; classification and ordinal (B,) int64, or (B, K) float probabilities
+    (mixup); multilabel (B, K) float.
 
 All are computed in float32 (float64 where the logits are), whatever autocast says. Where the target is
 ``ignore_index``, neither value nor gradient arises.

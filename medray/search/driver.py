@@ -27,7 +27,7 @@ from medray.search import pareto
 from medray.search.importance import Importance, measure_importance
 from medray.search.limits import COSTS, Limits, costs_of
 from medray.search.past import Proposal
-from medray.search.pruning import RULES, Curve
+from medray.search.pruning import RULES, Curve, replanned
 from medray.search.samplers import (
     OUTSIDE,
     ReseededSampler,
@@ -52,9 +52,8 @@ _FIRST_FAILURES = 3  # that end a study in which nothing has worked yet
 _ERROR_CHARACTERS = 20_000
 _MORE = 2  # trials that may come for each planned one, where others are refused before they are trained
 _ROUNDING = 0.01  # by which a schedule that is laid by the clock may overshoot its end
-_STEPS = (
-    1000  # Optuna's intermediate values stand at thousandths of the schedule, so that trials of all lengths compare
-)
+_STEPS = 1000
+"""Optuna's intermediate values stand at thousandths of the schedule, so that trials of all lengths compare."""
 
 
 class StudyDriver:
@@ -312,7 +311,7 @@ class StudyDriver:
 
         Args:
             number: the trial.
-            step: its optimiser steps so far.
+            step: its optimiser steps so far, 0 or more.
             fraction: share of its schedule that is done, 0..1.
             metrics: of this validation.
             costs: for :meth:`weigh`, as far as they are known.
@@ -326,17 +325,16 @@ class StudyDriver:
             raise StudyError(f"trial {number} reported fraction={fraction!r}; it must lie within 0..1")
         fraction = min(fraction, 1.0)
         self.weigh(number, costs or {})
-        # A resumed trial goes back to its checkpoint: what it reported beyond that did not happen.
-        history = [entry for entry in self._histories[number] if entry["fraction"] < fraction]
+        before = self._histories[number]
+        history = replanned(before, step, fraction)
+        if _places(history) != _places(before):
+            self._file.replace_intermediate_values(self._ids[number], self._intermediate(history))
         history.append({**more, "step": int(step), "fraction": float(fraction), "metrics": _floats(metrics)})
         self._histories[number] = history
         self._reported |= history[-1]["metrics"].keys()
         self._set(number, "history", history)
-        first = next(iter(self.objectives))
-        value = metrics.get(first)
-        # Optuna keeps intermediate values of single-objective studies only; the history has those of all.
-        if len(self.objectives) == 1 and value is not None and math.isfinite(value):
-            self._file.storage.set_trial_intermediate_value(self._ids[number], round(_STEPS * fraction), float(value))
+        for place, value in self._intermediate(history[-1:]).items():
+            self._file.storage.set_trial_intermediate_value(self._ids[number], place, value)
         self._keep_time()
         if number == 0:
             return False
@@ -468,6 +466,12 @@ class StudyDriver:
                 curves[number] = known[2]
         return curves
 
+    def _intermediate(self, history: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+        """Reports as Optuna keeps them, of single-objective studies only; the history has those of all."""
+        first, *others = self.objectives
+        given = zip(_places(history), (entry["metrics"].get(first, math.nan) for entry in history), strict=True)
+        return {} if others else {place: value for place, value in given if math.isfinite(value)}
+
     def _losses(self, metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
         signed = ((metrics.get(name, math.nan), -1.0 if self.objectives[name] == "max" else 1.0) for name in names)
         return tuple(math.inf if math.isnan(value) else sign * value for value, sign in signed)
@@ -580,6 +584,10 @@ class StudyDriver:
 
     def _points(self, records: Sequence[TrialRecord]) -> pareto.Floats:
         return pareto.losses([record.values or () for record in records], list(self.objectives.values()))
+
+
+def _places(history: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [round(_STEPS * entry["fraction"]) for entry in history]
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

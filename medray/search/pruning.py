@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,15 @@ def never(curves: Curves, number: int, ended: Container[int] = ()) -> bool:  # n
 
 
 RULES: dict[str, Rule] = {"asha": asha, "median": median, "curve": curve, "none": never}
+
+
+def replanned(history: Sequence[Mapping[str, Any]], step: int, fraction: float) -> list[dict[str, Any]]:
+    """The earlier reports of a trial that stands at ``step``, which is ``fraction`` of its schedule as it now is.
+
+    A resumed trial goes back to its checkpoint: what it reported from ``step`` on did not happen. And a plan of steps
+    may be corrected while it runs (see :mod:`medray.train.pace`): then the same steps are another share of it.
+    """
+    return [{**entry, "fraction": entry["step"] * fraction / step} for entry in history if 0 <= entry["step"] < step]
 
 
 def _extrapolated(points: Curve) -> Floats | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import optuna
-from optuna.storages._rdb.models import TrialSystemAttributeModel
+from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialSystemAttributeModel
 from sqlalchemy import delete, insert
 from sqlalchemy.pool import QueuePool
 
@@ -87,6 +87,19 @@ class StudyFile:
                     row = {"trial_id": trial, "key": name, "value_json": json.dumps(value, allow_nan=False)}
                     connection.execute(insert(table).values(**row))
 
+    def replace_intermediate_values(self, trial: int, values: Mapping[int, float]) -> None:
+        """Give a running trial these intermediate values, and no others; Optuna itself can't take one back.
+
+        Args:
+            trial: Optuna's id of it.
+            values: finite, by step.
+        """
+        table = TrialIntermediateValueModel
+        with self.storage.engine.begin() as connection:
+            connection.execute(delete(table).where(table.trial_id == trial))
+        for step, value in values.items():
+            self.storage.set_trial_intermediate_value(trial, step, value)
+
     def close(self) -> None:
         """Fold the write-ahead log into the file, so that study.db alone is the study, and let others open it."""
         if self._lock.closed:
@@ -108,6 +121,10 @@ class MemoryFile:
 
     def replace_system_attributes(self, prefix: str, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Nothing to do: nobody resumes such a study."""
+
+    def replace_intermediate_values(self, trial: int, values: Mapping[int, float]) -> None:
+        """As of :class:`StudyFile`."""
+        self.storage.get_trial(trial).intermediate_values = dict(values)  # it is the stored trial, no copy
 
     def sync(self) -> None:
         """Nothing to do."""

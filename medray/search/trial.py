@@ -15,10 +15,10 @@ EventKind = Literal["started", "progress", "retried", "pruned", "completed", "fa
 
 
 class TrialReport(TypedDict, total=False):
-    """What a trial tells while it runs. ``fraction`` and ``metrics`` are needed; other keys are kept in the history."""
+    """What a trial tells while it runs; it stays in the history. ``fraction``, ``step`` and ``metrics`` are needed."""
 
     fraction: float
-    """Share of the trial's own schedule that is done, 0..1."""
+    """Share of the trial's own schedule that is done, 0..1; the schedule may be another at the next report."""
     metrics: dict[str, float]
     """Validation metrics by name; the study's objectives among them."""
     step: int

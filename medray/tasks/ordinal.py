@@ -37,8 +37,9 @@ MOST = 100
 class Corn(Loss):
     """Binary cross-entropy of each step, over the cases that reach it: logits (B, K - 1), grades (B,) or shares (B, K).
 
-    A case of grade g passes the steps below g and stops at step g. The mean is over all steps reached, each with the
-    weight of its case's grade. Smoothing makes each passing, and each stopping, that much less certain.
+    A case of grade g passes the steps below g and stops at step g; its loss is their sum. The mean is over cases, each
+    with the weight of its grade: were it over the steps reached, a case alone (as private training sees each) would
+    count the less the higher its grade is. Smoothing makes each passing, and each stopping, that much less certain.
     """
 
     def __init__(self, ignore_index: int, weights: Tensor | None, *, smoothing: float = 0.0) -> None:
@@ -50,17 +51,20 @@ class Corn(Loss):
         reached = passed + stopped
         passed = (1 - self.smoothing) * passed + 0.5 * self.smoothing * reached
         value = -(passed * F.logsigmoid(logits) + (reached - passed) * F.logsigmoid(-logits)).sum()
-        return value / torch.stack(self.steps(whole, logits)).sum().clamp_min(1e-12)
+        return value / self.shares(whole, logits).sum().clamp_min(1e-12)
 
     def steps(self, target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K - 1) each: the weight with which a case passes a step, and with which it stops there."""
+        shares = self.shares(target, logits)
+        return shares.sum(1, keepdim=True) - shares.cumsum(1)[:, :-1], shares[:, :-1]
+
+    def shares(self, target: Tensor, logits: Tensor) -> Tensor:
+        """(B, K): the weight of each case in each grade; none where the target is ignored."""
         shares = target
         if not target.is_floating_point():
             known = self.known(target)
             shares = one_hot(target.where(known, 0), logits.shape[1] + 1) * known.unsqueeze(1)
-        if self.weights is not None:
-            shares = shares * self.weights
-        return shares.sum(1, keepdim=True) - shares.cumsum(1)[:, :-1], shares[:, :-1]
+        return shares if self.weights is None else shares * self.weights
 
 
 def _corn(config: LossConfig, _: int, weights: Tensor | None) -> Loss:

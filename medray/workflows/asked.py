@@ -92,7 +92,7 @@ def resumed(directory: Path, overrides: Sequence[str]) -> tuple[Path, Asked]:
 
     Raises:
         StudyError: there is none, or its file is damaged.
-        ConfigError: something else than ``study.trials`` and ``study.budget`` was to change.
+        ConfigError: something else than ``study.trials``, ``study.budget`` and ``study.select`` was to change.
     """
     try:
         stored = yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8"))

@@ -73,6 +73,8 @@ class Scores:
         dice, hd95: (N, K - 1) per foreground class, NaN where it is absent in both; segmentation.
         logits, targets: (N, O) and (N,) or (N, K). Voxel samples for calibration in segmentation.
         sampled: (N,) how many of those voxels are of each case; segmentation.
+        temperature: divides the logits before anything is decided by them. What is said of a bundle is said at its own:
+            grades, for one, may be others than at 1.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class Scores:
     targets: npt.NDArray[np.int64] | None = None
     sampled: tuple[int, ...] = ()
     metric: str = "dice"
+    temperature: float = 1.0
 
     @property
     def task(self) -> Task:
@@ -97,7 +100,7 @@ class Scores:
             assert self.dice is not None
             return (self.dice,)
         assert self.logits is not None and self.targets is not None
-        return self.targets, probabilities(self.logits, self.kind)
+        return self.targets, probabilities(self.logits, self.kind, self.temperature)
 
     def statistic(self, *arrays: npt.NDArray[Any]) -> float:
         """The study's metric of some rows; NaN where it isn't defined."""

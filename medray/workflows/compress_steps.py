@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -308,6 +308,7 @@ def _write(
     metric = find_task(spec.kind).objective[0].removeprefix("val/")
     scores = choosing.score(recipe, [candidate], indices, metric=metric)["compressed"]
     temperature = choosing.temperature_of(scores)
+    value = replace(scores, temperature=temperature).value
     thresholds = None
     if spec.task.thresholds:
         assert scores.logits is not None and scores.targets is not None
@@ -330,7 +331,7 @@ def _write(
         golden=state.bundle.golden()[0] if spec.golden == "data" else None,
         experiment=experiment,
         fingerprint=recipe.fingerprint,
-        metrics={f"val/{metric}": float(scores.value) if math.isfinite(scores.value) else None},
+        metrics={f"val/{metric}": float(value) if math.isfinite(value) else None},
         intended_use=spec.intended_use,
         pruned=widths,
     )

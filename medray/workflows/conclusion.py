@@ -103,18 +103,13 @@ def conclude(asked: Conclusion) -> Concluded:
     candidates, on_validation, winner = contest.candidates, contest.scores, contest.winner
     crowning = contest.crowning
     champion, default, single = contest.named(winner), candidates[0], contest.named(contest.single)
-    temperature = choosing.temperature_of(on_validation[winner])
 
     pair = list({candidate.name: candidate for candidate in (champion, default, single)}.values())
-    if splits.test:
-        began = time.monotonic()
-        measured = choosing.score(recipe, pair, splits.test, metric=metric, distances=True)
-        case_seconds = (time.monotonic() - began) / max(1, len(splits.test))
-    else:
-        began = time.monotonic()
-        measured = choosing.score(recipe, pair, splits.val, metric=metric, distances=True)
-        case_seconds = (time.monotonic() - began) / max(1, len(splits.val))
+    indices, began = splits.test or splits.val, time.monotonic()
+    measured = _measured(recipe, pair, indices, metric, on_validation)
+    case_seconds = (time.monotonic() - began) / max(1, len(indices))
     best, base = measured[champion.name], measured[default.name]
+    temperature = best.temperature
     gain = _gain(metric, best, base, measured_on="test" if splits.test else "validation")
     metrics = best.intervals()
     headline = _headline(champion.name, metric, gain, rivals=len(candidates) > 1 or len(asked.records) > 1)
@@ -123,7 +118,7 @@ def conclude(asked: Conclusion) -> Concluded:
         headline += summary.remark
     notes = () if summary is None else (summary.why,)
     bundle_seconds = _write_bundle(asked, champion, temperature, on_validation[winner], metrics, notes)
-    robustness = _robustness(asked, champion, splits.test or splits.val, metric, case_seconds)
+    robustness = _robustness(asked, champion, indices, metric, case_seconds, temperature)
     classification = segmentation = None
     if best.task.dense:
         segmentation = segmentation_results(recipe, champion, best)
@@ -157,6 +152,20 @@ def conclude(asked: Conclusion) -> Concluded:
         selection=None if crowning is None else plain(crowning, asked.chooser),
         time={row.name: row.seconds for row in time_rows},
     )
+
+
+def _measured(
+    recipe: Recipe,
+    candidates: Sequence[Candidate],
+    indices: tuple[int, ...],
+    metric: str,
+    on_validation: Mapping[str, Scores],
+) -> dict[str, Scores]:
+    """What candidates do on cases, each at the temperature that its bundle has, or would have."""
+    scores = choosing.score(recipe, candidates, indices, metric=metric, distances=True)
+    return {
+        name: replace(found, temperature=choosing.temperature_of(on_validation[name])) for name, found in scores.items()
+    }
 
 
 def _interval(found: Estimate) -> Interval:
@@ -207,9 +216,14 @@ def _write_bundle(
 
 
 def _robustness(
-    asked: Conclusion, champion: Candidate, indices: tuple[int, ...], metric: str, case_seconds: float
+    asked: Conclusion,
+    champion: Candidate,
+    indices: tuple[int, ...],
+    metric: str,
+    case_seconds: float,
+    temperature: float,
 ) -> tuple[RobustnessRow, ...]:
-    """The champion on corrupted images."""
+    """The champion on corrupted images, at its bundle's temperature."""
     manifest = asked.recipe.manifest
     if manifest.columns:
         return ()  # rows of a table have no blur and no scanner
@@ -220,7 +234,8 @@ def _robustness(
     plan += [(name, level, _corruption(name, level)) for name in CORRUPTIONS for level in levels]
     for name, level, change in plan:
         found = choosing.score(asked.recipe, [champion], chosen, metric=metric, corrupt=change)[champion.name]
-        rows.append(RobustnessRow(corruption=name, severity=level, score=_interval(found.interval())))
+        score = replace(found, temperature=temperature).interval()
+        rows.append(RobustnessRow(corruption=name, severity=level, score=_interval(score)))
     return tuple(rows)
 
 

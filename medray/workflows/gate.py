@@ -160,6 +160,7 @@ def score_bundle(bundle: Bundle, engine: Predictor, recipe: Recipe, indices: Seq
         dice=np.stack(dice) if dice else None,
         logits=np.stack(logits) if logits else None,
         targets=None if dice else np.asarray([case.label for case in cases], dtype=np.int64),
+        temperature=bundle.spec.temperature,
     )
 
 

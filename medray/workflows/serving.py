@@ -145,7 +145,7 @@ def configuration(
     A name of the registry is looked up now, once: a model is never changed by an alias that moves.
 
     Raises:
-        ServingError: neither a file nor bundles, or a registered bundle was altered.
+        ServingError: neither a file nor bundles, a registered bundle was altered, or two versions of one are asked for.
         StorageError: a name that the registry doesn't have.
         ConfigError: the schema refuses something.
     """
@@ -156,9 +156,16 @@ def configuration(
         path = Path(what[0]).absolute()
         return Wanted(config=load_serving(path), path=path, text=None)
     models: dict[str, Any] = {}
+    own: set[str] = set()  # of the registry
     for text in what:
         if text.startswith(REGISTERED):
             name, version, place = _registered(text, registry, note)
+            if name in own:
+                raise ServingError(
+                    f"{text}: {name} is named twice. Serve one version of it, or write a configuration with both under "
+                    f"models.{name}.versions, each with its share"
+                )
+            own.add(name)
         else:
             place, version = Path(text).absolute(), "1"
             name = place.parent.name if place.name == "bundle" else place.name

@@ -89,8 +89,8 @@ def tune(
 
     Args:
         path: a search space's file; None for ``--resume``.
-        overrides: ``data=DIR``, ``study.budget=1h``, ``optim.lr=1e-3``; on resume only ``study.trials`` and
-            ``study.budget`` may change.
+        overrides: ``data=DIR``, ``study.budget=1h``, ``optim.lr=1e-3``; on resume only ``study.trials``,
+            ``study.budget`` and ``study.select`` may change.
         resume: the folder of a study, or its place in a store (``s3://bucket/prefix/name``), which is brought to
             ``runs`` first.
         address: of a Ray cluster; None starts Ray on this machine.

@@ -244,7 +244,7 @@ class _Conductor(Searcher, TrialScheduler):
         report: dict[str, Any] = dict(message.report or {})
         try:
             fraction, metrics = float(report.pop("fraction")), dict(report.pop("metrics"))
-            stop = self.driver.report(task.number, int(report.pop("step", 0)), fraction, metrics, **report)
+            stop = self.driver.report(task.number, int(report.pop("step")), fraction, metrics, **report)
         except (KeyError, TypeError, ValueError, StudyError) as error:
             self._fail(task, f"the trial's report {message.report!r} can't be used: {error!r}")
             return TrialScheduler.STOP

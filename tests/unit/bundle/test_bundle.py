@@ -180,6 +180,16 @@ def test_the_parity_rule(precision, noise, met):
     assert compare("x", precision, shifted, golden, "segmentation").met is met
 
 
+def test_answers_are_alike_at_the_bundle_s_temperature():
+    """Grades 1 apart at temperature 1 are the same grade at 1.5, and the other way round."""
+    golden, other = np.full((1, 4), 1.5, np.float32), np.full((1, 4), 1.7, np.float32)
+    assert compare("x", "fp16", other, golden, "ordinal").alike == 0.0
+    assert compare("x", "fp16", other, golden, "ordinal", 1.5).alike == 1.0
+    golden, other = np.full((1, 4), 1.31, np.float32), np.full((1, 4), 1.335, np.float32)
+    assert compare("x", "fp16", other, golden, "ordinal").alike == 1.0
+    assert compare("x", "fp16", other, golden, "ordinal", 1.5).alike == 0.0
+
+
 def test_nan_never_passes():
     golden = np.zeros((1, 2), np.float32)
     assert not compare("x", "fp32", np.full((1, 2), np.nan, np.float32), golden, "classification").met

@@ -110,6 +110,18 @@ def test_a_name_of_the_registry_becomes_the_version_that_it_stands_for(tmp_path:
         served("models:/seg@champion")
 
 
+def test_two_versions_of_one_registered_model_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """As "seg" and "seg-2" nobody could tell that the latter is version 3."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundle.json").write_text("{}")
+    monkeypatch.setattr(serving, "_registered", lambda text, *_: (*text.split("/")[1:], tmp_path))
+    both = ["models:/seg/2", "models:/seg/3"]
+    with pytest.raises(ServingError, match=r"models:/seg/3: seg is named twice.*models\.seg\.versions"):
+        serving.configuration(both, {})
+    wanted = serving.configuration(["models:/seg/2", "models:/cls/3"], {})
+    assert {name: list(one.versions) for name, one in wanted.config.models.items()} == {"seg": ["2"], "cls": ["3"]}
+
+
 def test_a_file_names_folders_not_aliases(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("models: {seg: {versions: {'1': {bundle: 'models:/seg@champion'}}}}")

@@ -47,6 +47,17 @@ def cases(count=8):
     return [torch.randn(1, 1, 8, 8, generator=generator) * 2 + 1 for _ in range(count)]
 
 
+def test_a_range_moves_once_where_a_batch_is_seen_with_and_without_gradients():
+    """Losses over the batch run its parts twice, first without gradients."""
+    rounding = RoundedActivation().train()
+    batch = torch.tensor([-1.0, 3.0])
+    with torch.no_grad():
+        rounding(batch)
+    assert rounding.low == 0 and rounding.high == 0
+    rounding(batch)
+    assert rounding.low == pytest.approx(-0.01) and rounding.high == pytest.approx(0.03)
+
+
 def test_weights_are_those_of_the_int8_file(net, tmp_path):
     """Per channel, also where a batch norm is folded in: what training rounds is what the quantiser writes."""
     given = cases()

@@ -36,6 +36,14 @@ def test_as_many_weights_as_asked_are_zero_and_no_layer_dies(share):
         assert torch.equal(value[kept], before[name][kept]), "what lives is as it was"
 
 
+def test_each_of_many_small_layers_keeps_its_largest_weight():
+    """More layers than weights are to be left: one of each stays, and the network still says something."""
+    torch.manual_seed(0)
+    sparse = settled(sparsify(nn.Sequential(*(nn.Linear(6, 6) for _ in range(40))), 0.98))
+    assert all((layer.weight != 0).sum() >= 1 for layer in sparse)
+    assert (sparse[0].weight != 0).sum() < 3
+
+
 def test_within_a_layer_the_smallest_go():
     plain = nn.Sequential(nn.Linear(32, 8))
     (layer,) = settled(sparsify(plain, 0.5))

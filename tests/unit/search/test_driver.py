@@ -8,61 +8,11 @@ from typing import Any
 import optuna
 import pytest
 
-from medray.config.schema import StudyConfig
 from medray.errors import StudyError
 from medray.search.driver import StudyDriver
 from medray.search.space import Space
-from medray.search.storage import MemoryFile
 from medray.search.trial import TrialOutcome, TrialTask
-
-SPACE = {
-    "model.name": {"choice": ["unet", "swin"]},
-    "optim.lr": {"float": [1e-4, 1e-2], "log": True},
-    "model.feature_size": {"choice": [12, 24], "when": {"model.name": "swin"}},
-    "train.patch_size": {"choice": [[32, 32], [64, 64]]},
-}
-NUMERIC = {"optim.lr": {"float": [1e-4, 1e-2], "log": True}, "loss.alpha": {"float": [0.1, 0.9]}, "n": {"int": [1, 9]}}
-DEFAULT = {"model.name": "unet", "optim.lr": 1e-3, "train.patch_size": [32, 32], "model.feature_size": None}
-OUTSIDE = DEFAULT | {"optim.lr": 0.5}
-
-
-def study(
-    directory: Path,
-    *,
-    space: Mapping[str, Any] = SPACE,
-    objectives: Mapping[str, Any] | None = None,
-    default: Mapping[str, Any] = DEFAULT,
-    **config: Any,
-) -> StudyDriver:
-    settings = {"trials": 12, "pruner": "none"} | config
-    return StudyDriver(
-        Space.parse(space), StudyConfig(**settings), objectives or {"val/dice": "max"}, directory, default
-    )
-
-
-def score(params: Mapping[str, Any]) -> float:
-    good = -abs(math.log10(params["optim.lr"]) + 2.5) - 0.3 * abs(params.get("loss.alpha", 0.5) - 0.3)
-    return good + (0.2 if params.get("model.name") == "swin" else 0.0)
-
-
-def finish(driver: StudyDriver, task: TrialTask) -> None:
-    """One trial, validated at each rung, as a worker would run it."""
-    value = score(task.params)
-    for fraction in (1 / 9, 1 / 3, 1.0):
-        metrics = {"val/dice": value - (1 - fraction), "val/loss": 1.0}
-        if driver.report(task.number, round(100 * fraction), fraction, metrics):
-            driver.prune(task.number)
-            return
-    driver.complete(task.number, TrialOutcome(metrics={"val/dice": value, "latency_ms": abs(value) * 10}, seconds=1.0))
-
-
-def run(driver: StudyDriver, count: int = 10_000) -> list[dict[str, Any]]:
-    drawn = []
-    while len(drawn) < count and (task := driver.ask()) is not None:
-        drawn.append(dict(task.params))
-        finish(driver, task)
-    return drawn
-
+from tests.unit.search.studies import DEFAULT, NUMERIC, OUTSIDE, SPACE, finish, run, score, study
 
 # The default --------------------------------------------------------------------------------------------------------
 
@@ -233,49 +183,6 @@ def test_the_time_spent_adds_up(tmp_path: Path) -> None:
         run(driver, 1)
     with study(tmp_path) as driver:
         assert driver.spent == pytest.approx(100.0, abs=10.0)
-
-
-# Telling ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_pruned_trial_is_pruned_to_optuna_with_its_values(tmp_path: Path) -> None:
-    with study(tmp_path, pruner="asha") as driver:
-        run(driver, 1)
-        task = driver.ask()
-        assert task is not None
-        assert driver.report(task.number, 7, 1 / 9, {"val/dice": -50.0})
-        driver.prune(task.number)
-        trial = driver._study.trials[1]
-        assert trial.state == optuna.trial.TrialState.PRUNED
-        assert trial.intermediate_values == {111: -50.0} and trial.value == -50.0
-        record = driver.record(1)
-        assert (
-            record.values is None and record.metrics == {"val/dice": -50.0} and record.fraction == pytest.approx(1 / 9)
-        )
-
-
-def test_an_asha_study_is_stored_with_pruned_trials_and_their_values(tmp_path: Path) -> None:
-    with study(tmp_path, pruner="asha", trials=20) as driver:
-        run(driver)
-    stored = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}").trials
-    pruned = [trial for trial in stored if trial.state == optuna.trial.TrialState.PRUNED]
-    ended = [trial for trial in stored if trial.state == optuna.trial.TrialState.COMPLETE]
-    assert len(pruned) + len(ended) == 20 and len(pruned) > 8
-    for trial in pruned:
-        assert list(trial.intermediate_values) in ([111], [111, 333]), "cut off at a rung"
-        assert trial.intermediate_values[111] == pytest.approx(score(trial.params) - 8 / 9)
-    assert all(list(trial.intermediate_values) == [111, 333, 1000] for trial in ended)
-    assert all(trial.value == pytest.approx(score(trial.params)) for trial in ended)
-
-
-def test_a_study_in_memory_draws_and_stops_as_one_in_a_file(tmp_path: Path) -> None:
-    found = []
-    for file in (None, MemoryFile()):
-        config = StudyConfig(trials=30, pruner="asha")
-        space = Space.parse(SPACE)
-        with StudyDriver(space, config, {"val/dice": "max"}, tmp_path, DEFAULT, file=file) as driver:
-            found.append((run(driver), driver.counts()))
-    assert found[0] == found[1] and found[0][1]["pruned"] > 0 and len(found[0][0]) == 30
 
 
 # Limits -------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,25 @@ def test_corn_is_the_papers_sum_over_conditional_subsets() -> None:
     """Shi et al. 2023, equation 7: for each step the cases that reach it, and among them who passes."""
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     grades = torch.arange(50) % 5
-    total, count = torch.zeros(()), 0
+    total = torch.zeros(())
     for step in range(4):
         reached = grades >= step
         passed = (grades[reached] > step).float()
         total = total + F.binary_cross_entropy_with_logits(logits[reached, step], passed, reduction="sum")
-        count += int(reached.sum())
-    assert torch.isclose(Corn(255, None)(logits, grades), total / count)
+    assert torch.isclose(Corn(255, None)(logits, grades), total / 50)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_case_alone_pulls_as_it_does_in_its_batch(smoothing: float) -> None:
+    """Private training takes each case's gradient alone: a high grade, which reaches more steps, weighs no less."""
+    loss = Corn(255, None, smoothing=smoothing)
+    grades = torch.tensor([0, 1, 2, 4, 255])
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    (batch,) = torch.autograd.grad(loss(logits, grades), logits)
+    alone = [torch.autograd.grad(loss(logits[i : i + 1], grades[i : i + 1]), logits)[0] for i in range(5)]
+    torch.testing.assert_close(torch.stack(alone).sum(0) / 4, batch)
+    parts = [torch.autograd.grad(loss(logits[i], grades[i], whole=grades), logits)[0] for i in (slice(3), slice(3, 5))]
+    torch.testing.assert_close(parts[0] + parts[1], batch)
 
 
 def test_grades_that_are_shared_weigh_by_their_shares() -> None:

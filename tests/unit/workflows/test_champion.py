@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from medray.tasks.catalogue import find_task
 from medray.train.progress import FitResult
 from medray.train.runtime import LocalRuntime
 from medray.workflows import champion as choosing
+from medray.workflows import conclusion
 from medray.workflows.champion import Candidate, Scores, candidates_of, choose, difference, score
 from medray.workflows.conclusion import _sites
 from medray.workflows.judging import make_validate, predictor_of, spread
@@ -75,6 +77,31 @@ def segmented(dice):
     table = np.asarray(dice, dtype=np.float64).reshape(len(dice), -1)
     groups = np.asarray([str(i) for i in range(len(dice))])
     return Scores(kind="segmentation", indices=tuple(range(len(dice))), groups=groups, dice=table)
+
+
+def test_figures_are_those_of_the_temperature_that_decides():
+    """Four steps of probability 0.82 make grade 3 (0.82**3 > 0.5 > 0.82**4), four of 0.73 make grade 2."""
+    raw = classified([[1.5] * 4] * 3, [2, 2, 2], metric="accuracy", kind="ordinal")
+    bundles = replace(raw, temperature=1.5)
+    assert raw.value == 0.0 and bundles.value == 1.0
+    assert bundles.interval().value == 1.0 and bundles.intervals()["mae"].value == 0.0
+    assert difference(bundles, raw).value == 1.0
+
+
+def test_champion_and_default_are_measured_at_the_temperatures_of_their_bundles(monkeypatch):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, 3))
+    p = find_task("ordinal").probabilities(logits)
+    grades = (rng.random((400, 1)) > p.cumsum(1)).sum(1).clip(max=3)
+    validation = {
+        name: classified(factor * logits, grades, metric="kappa", kind="ordinal")
+        for name, factor in (("default", 1.0), ("trial-1", 3.0))
+    }
+    monkeypatch.setattr(conclusion.choosing, "score", lambda *_, **__: dict(validation))
+    found = conclusion._measured(None, [], (0,), "kappa", validation)
+    assert found["default"].temperature == pytest.approx(1.0, rel=0.2)
+    assert found["trial-1"].temperature == pytest.approx(3 * found["default"].temperature, rel=0.02)
+    assert found["trial-1"].value == pytest.approx(found["default"].value, abs=0.02) != validation["trial-1"].value
 
 
 # The choice ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 from medray.data.preprocess import OUTSIDE
 from medray.learn.intervals import Interval
 from medray.tasks.catalogue import find_task
-from medray.workflows.gate import Verdict, calibration_batches
+from medray.workflows import gate
+from medray.workflows.gate import Verdict, calibration_batches, score_bundle
 
 
 def verdict(drop=0.0, before=10.0, after=5.0, packed=(3.0, 1.0), **more):
@@ -78,6 +79,23 @@ def store_of(shapes, foreground=()):
     return SimpleNamespace(
         image=lambda index: arrays[index], foreground=lambda index: np.array(foreground).reshape(-1, len(shapes[0]))
     )
+
+
+def test_a_bundle_is_scored_at_the_temperature_by_which_it_decides(monkeypatch):
+    task = find_task("ordinal")
+    how = SimpleNamespace(flip_axes=())
+    bundle = SimpleNamespace(
+        spec=SimpleNamespace(task=task, inference=how, temperature=1.5),
+        prepare=lambda _: (np.zeros((1, 4, 4), np.float32), None),
+    )
+    recipe = SimpleNamespace(
+        manifest=SimpleNamespace(root=".", cases=[SimpleNamespace(group=str(i), label=2) for i in range(3)])
+    )
+    monkeypatch.setattr(gate, "read_case", lambda *_: (None, None, None))
+    scores = score_bundle(bundle, lambda batch: np.full((len(batch), 4), 1.5, np.float32), recipe, range(3))
+    decided = task.decide(task.probabilities(scores.logits / 1.5))
+    assert decided.tolist() == [2, 2, 2] and task.decide(task.probabilities(scores.logits)).tolist() == [3, 3, 3]
+    assert scores.task.measure("accuracy", *scores.arrays) == 1.0
 
 
 def bundle_of(kind, patch=None, divisor=1):

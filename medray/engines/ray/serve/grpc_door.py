@@ -35,7 +35,14 @@ from medray.errors import ServingError
 _MOST_MESSAGE = (2 << 30) - (1 << 20)
 """Bytes: protocol buffers end at 2 GiB."""
 _MOST_AT_ONCE = 64
+_MOST_BYTES = 2 << 30
+"""Of the messages of all inferences under way."""
 _OTHERS = 8  # threads for what isn't inference: health is answered under load
+_READING = 4  # of those, at most so many for methods that read a message
+_MOST_NAMED = 16 << 10
+"""Bytes of a message that only names a model."""
+_SOON = 5.0
+"""Seconds that whatever isn't inference may take: its message to arrive, the HTTP server to answer."""
 _POLL = 0.5
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -47,7 +54,9 @@ _STATUS = {
     415: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    502: grpc.StatusCode.UNAVAILABLE,
     503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.UNAVAILABLE,
 }
 _CONTENTS = {
     "FP32": ("fp32_contents", "<f4"),
@@ -139,6 +148,9 @@ class _Door:
         )
         self.slots = min(_MOST_AT_ONCE, config.limits.waiting * config.replicas.most)
         self._free = threading.BoundedSemaphore(self.slots)
+        self._reading = threading.BoundedSemaphore(_READING)
+        self._most_body = min(config.limits.body_mb << 20, _MOST_MESSAGE)
+        self._room = Room(max(_MOST_BYTES, self._most_body))
         self.methods: dict[str, Callable[[Requests, Any], Any]] = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
@@ -186,12 +198,12 @@ class _Door:
 
     def _model_ready(self, requests: Requests, context: Any) -> Any:
         self._key(context)  # over HTTP this is open; here a message is read for it
-        asked = self._one("ModelReadyRequest", requests, context)
+        asked = self._named("ModelReadyRequest", requests, context)
         return message("ModelReadyResponse")(ready=self._is_well(f"{_path(asked.name, asked.version)}/ready"))
 
     def _describe(self, requests: Requests, context: Any) -> Any:
         key = self._key(context)
-        asked = self._one("ModelMetadataRequest", requests, context)
+        asked = self._named("ModelMetadataRequest", requests, context)
         found = json.loads(self._ask("GET", _path(asked.name, asked.version), key)[1])
         return message("ModelMetadataResponse")(**found)
 
@@ -200,12 +212,17 @@ class _Door:
         if not self._free.acquire(blocking=False):
             raise RefusedError(429, "busy", f"{self.slots} inferences are under way over gRPC", retry_after=1)
         try:
-            asked = self._one("ModelInferRequest", requests, context)
-            path = f"{_path(asked.model_name, asked.model_version)}/infer"
-            body, length = _as_http(asked)
-            del asked
-            headers, answer = self._ask("POST", path, key, body, {HEADER: str(length)})
-            return _from_http(answer, int(headers[HEADER]))
+            with self._room.taken(self._most_body, _SOON) as keep:
+                content = self._content("ModelInferRequest", requests, context, self._limits.body_seconds)
+                keep(len(content))
+                asked = _parsed("ModelInferRequest", content)
+                del content
+                path = f"{_path(asked.model_name, asked.model_version)}/infer"
+                body, length = _as_http(asked)
+                del asked
+                limit = self._limits.answer_seconds + self._limits.body_seconds
+                headers, answer = self._ask("POST", path, key, body, {HEADER: str(length)}, limit=limit)
+                return _from_http(answer, int(headers[HEADER]))
         finally:
             self._free.release()
 
@@ -218,9 +235,21 @@ class _Door:
         self._ring.who(text, "predict")
         return None if self._ring.is_open else text
 
-    def _one(self, name: str, requests: Requests, context: Any) -> Any:
-        """The one message of a call, in the time that a body may take."""
-        late = threading.Timer(self._limits.body_seconds, context.cancel)
+    def _named(self, name: str, requests: Requests, context: Any) -> Any:
+        """The message of a call that only names a model."""
+        if not self._reading.acquire(blocking=False):
+            raise RefusedError(429, "busy", f"{_READING} such calls are under way over gRPC", retry_after=1)
+        try:
+            content = self._content(name, requests, context, min(_SOON, self._limits.body_seconds))
+        finally:
+            self._reading.release()
+        if len(content) > _MOST_NAMED:
+            raise RefusedError(413, "too-large", f"a {name} is at most {_MOST_NAMED} bytes")
+        return _parsed(name, content)
+
+    def _content(self, name: str, requests: Requests, context: Any, seconds: float) -> bytes:
+        """The one message of a call, in the time that it may take to arrive."""
+        late = threading.Timer(seconds, context.cancel)
         late.daemon = True
         late.start()
         try:
@@ -229,24 +258,28 @@ class _Door:
             late.cancel()
         if content is None:
             raise RefusedError(400, "bad-request", f"the call brings no {name}")
-        try:
-            return message(name).FromString(content)
-        except DecodeError:
-            raise RefusedError(400, "bad-request", f"the message is no {name}") from None
+        return content
 
     def _is_well(self, path: str) -> bool:
         try:
             self._ask("GET", path, None)
         except RefusedError as error:
-            if error.status in (404, 422, 503):
+            if error.status in (404, 422, 502, 503, 504):
                 return False
             raise
         return True
 
     def _ask(
-        self, method: str, path: str, key: str | None, body: bytes | None = None, more: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        key: str | None,
+        body: bytes | None = None,
+        more: Mapping[str, str] | None = None,
+        *,
+        limit: float | None = None,
     ) -> tuple[http.client.HTTPMessage, bytes]:
-        """What the HTTP server answers.
+        """What the HTTP server answers within ``limit`` seconds; None for few.
 
         Raises:
             RefusedError: it refuses, or doesn't answer.
@@ -254,7 +287,7 @@ class _Door:
         headers = {**(more or {}), **({} if key is None else {"X-API-Key": key})}
         if body is not None:
             headers["Content-Type"] = "application/octet-stream"
-        limit = self._limits.answer_seconds + self._limits.body_seconds
+        limit = _SOON if limit is None else limit
         connection = (
             http.client.HTTPConnection(*self._place, timeout=limit)
             if self._tls is None
@@ -276,6 +309,52 @@ class _Door:
         raise RefusedError(
             answer.status, "refused", _error_of(content), retry_after=int(after) if after.isdigit() else None
         )
+
+
+class Room:
+    """Bytes that several may hold at once, so many in all.
+
+    Args:
+        most: in all.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left, self._changed = most, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, count: int, seconds: float) -> Iterator[Callable[[int], None]]:
+        """Hold ``count`` bytes, once there is room for them.
+
+        Yields:
+            Told how many of them are needed after all, it gives the others back.
+
+        Raises:
+            RefusedError: there is no room within ``seconds``.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._left >= count, seconds):
+                raise RefusedError(429, "busy", "the messages under way over gRPC take all room", retry_after=1)
+            self._left -= count
+        held = count
+
+        def keep(needed: int) -> None:
+            nonlocal held
+            with self._changed:
+                self._left += held - needed
+                held = needed
+                self._changed.notify_all()
+
+        try:
+            yield keep
+        finally:
+            keep(0)
+
+
+def _parsed(name: str, content: bytes) -> Any:
+    try:
+        return message(name).FromString(content)
+    except DecodeError:
+        raise RefusedError(400, "bad-request", f"the message is no {name}") from None
 
 
 def _abort(context: Any, error: RefusedError) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import http.server
 import json
 import socket
 import threading
@@ -26,6 +27,7 @@ from medray.engines.ray.serve import grpc_door
 from medray.engines.ray.serve.app import create_app
 from medray.engines.ray.serve.grpc_messages import SERVICE, message
 from medray.engines.ray.serve.keys import add_key, revoke_key
+from medray.engines.ray.serve.refusal import RefusedError
 from medray.errors import ConfigError, ServingError
 
 triton = pytest.importorskip("tritonclient.grpc")
@@ -270,6 +272,101 @@ def test_too_large_packed_and_slow_messages_cost_little(behind: Behind) -> None:
         never.set()
     assert codes <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
     assert behind.call("ModelInfer", tensor(), behind.key).model_name == "cls", "their places are free again"
+
+
+def test_calls_that_name_a_model_hold_few_threads_and_take_small_messages(behind: Behind) -> None:
+    never = threading.Event()
+
+    def forever() -> Iterator[bytes]:
+        never.wait(60)
+        yield b""
+
+    with grpc.insecure_channel(behind.address) as channel:
+        asks = [channel.stream_unary(f"/{SERVICE}/{name}") for name in ("ModelReady", "ModelMetadata")]
+        metadata = [("x-api-key", behind.key)]
+        slow = [ask.future(forever(), metadata=metadata, timeout=60) for ask in asks * 6]
+        assert behind.call("ServerReady", message("ServerReadyRequest")()).ready
+        codes = [one.exception().code() for one in slow]
+        never.set()
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes and len(codes) == 12
+    large = message("ModelReadyRequest")(name="a" * 20_000)
+    for name in ("ModelReady", "ModelMetadata"):
+        assert refused(lambda name=name: behind.call(name, large, behind.key)) == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert behind.call("ModelReady", message("ModelReadyRequest")(name="cls"), behind.key).ready
+
+
+def test_the_bytes_of_inferences_are_bounded(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one message: while one is on its way there is none for the next."""
+    monkeypatch.setattr(grpc_door, "_MOST_BYTES", 1)
+    monkeypatch.setattr(grpc_door, "_SOON", 0.1)
+    never = threading.Event()
+
+    def forever() -> Iterator[bytes]:
+        never.wait(60)
+        yield b""
+
+    narrow = behind.config.model_copy(update={"grpc_port": free_port()})
+    with grpc_door.opened(narrow) as address, grpc.insecure_channel(address) as channel:
+        ask = channel.stream_unary(f"/{SERVICE}/ModelInfer")
+        metadata = [("x-api-key", behind.key)]
+        slow = [ask.future(forever(), metadata=metadata, timeout=60) for _ in range(3)]
+        codes = sorted(one.exception().code().name for one in slow)
+        never.set()
+        assert "RESOURCE_EXHAUSTED" in codes and "CANCELLED" in codes
+        door = Behind(narrow, behind.service, behind.key, address)
+        assert door.call("ModelInfer", tensor(), behind.key).model_name == "cls", "the room is free again"
+
+
+def test_room_is_given_back_as_soon_as_it_is_not_needed() -> None:
+    room = grpc_door.Room(10)
+    with room.taken(8, 0.0) as keep:
+        with pytest.raises(RefusedError, match="room"), room.taken(8, 0.0):
+            pass
+        keep(2)
+        with room.taken(8, 0.0), pytest.raises(RefusedError), room.taken(1, 0.0):
+            pass
+    with pytest.raises(ZeroDivisionError), room.taken(10, 0.0):
+        raise ZeroDivisionError
+    with room.taken(10, 0.0):
+        pass
+
+
+@pytest.mark.parametrize("status", [502, 503, 504, None], ids=str)
+def test_a_server_that_is_unwell_is_told_as_such(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, status: int | None
+) -> None:
+    """What stands before the replicas answers 502 and 504 for them; None: nothing at all."""
+    monkeypatch.setattr(grpc_door, "_SOON", 0.5)
+    over = threading.Event()
+
+    class Unwell(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if status is None:
+                over.wait(30)
+            else:
+                self.send_error(status)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(status or 503)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unwell)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    unwell = behind.config.model_copy(update={"port": server.server_port, "grpc_port": free_port()})
+    try:
+        with grpc_door.opened(unwell) as address:
+            door = Behind(unwell, behind.service, behind.key, address)
+            assert not door.call("ServerLive", message("ServerLiveRequest")()).live
+            assert not door.call("ServerReady", message("ServerReadyRequest")()).ready
+            assert not door.call("ModelReady", message("ModelReadyRequest")(name="cls"), behind.key).ready
+            assert refused(lambda: door.call("ModelInfer", tensor(), behind.key)) == grpc.StatusCode.UNAVAILABLE
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
 
 
 def test_it_listens_where_it_is_told_and_says_when_it_can_not(behind: Behind, tmp_path: Path) -> None:
