@@ -16,6 +16,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _own_labels() -> Iterator[None]:
+    """What a worker's function binds for all lines of its process must not stand on those of the next test."""
+    from medray import logs
+
+    before = dict(logs._labels)
+    yield
+    logs._labels.clear()
+    logs._labels.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real medical data beside the checkout; without it the tests that need it skip.
