@@ -29,7 +29,7 @@ task: {kind: ordinal}
 device: cpu
 model: {name: small_cnn, feature_size: 8, depth: 3}
 augment: {strength: 0.2}
-train: {epochs: 6, batch_size: 8, precision: fp32}
+train: {epochs: 12, batch_size: 8, precision: fp32}
 study: {name: graded, budget: 20min, trials: 2, pruner: none, sampler: random, warm_start: false}
 space:
   optim.lr: {choice: [3.0e-3, 1.0e-2]}
@@ -96,4 +96,5 @@ def test_grades_from_a_table_to_answers(table: Path, tmp_path: Path, monkeypatch
 
     found = evaluate(bundle, str(table), runtime="onnx", split="all")
     assert set(found.metrics) == set(bundle.spec.task.evaluated) and found.confusion is not None
-    assert found.metrics["kappa"].low > 0, "after a few steps grades are told better than by chance, beyond doubt"
+    kappa = found.metrics["kappa"]
+    assert kappa.value > 0.3 and kappa.low > 0, "a few steps are enough to tell a large effusion from none"
